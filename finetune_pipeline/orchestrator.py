@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import yaml
 
 CODE_LOCATION = "finetune_pipeline"
 """The name in workspace.yaml."""
@@ -31,7 +33,11 @@ _RUNS = """
 query ($filter: RunsFilter!) {
   runsOrError(filter: $filter) {
     __typename
-    ... on Runs { results { runId status creationTime startTime endTime tags { key value } } }
+    ... on Runs {
+      results {
+        runId status creationTime startTime endTime runConfigYaml tags { key value } assetSelection { path }
+      }
+    }
     ... on Error { message }
   }
 }
@@ -65,6 +71,7 @@ class DagsterRun:
         created_at: when it was launched.
         started_at: when its process began; None before.
         ended_at: when it ended; None before.
+        assets: keys of the selected assets, as their parts; None for all of the job.
     """
 
     id: str
@@ -73,11 +80,23 @@ class DagsterRun:
     started_at: datetime | None
     ended_at: datetime | None
     tags: Mapping[str, str]
+    assets: frozenset[tuple[str, ...]] | None
+    config: Mapping[str, Any]
 
     @property
     def finished(self) -> bool:
         """Whether the run has ended."""
         return self.status in FINISHED
+
+
+class RunReader(Protocol):
+    """Finds runs of Dagster, through its webserver or in its storage."""
+
+    def runs(self, tags: Mapping[str, str]) -> list[DagsterRun]:
+        """Return the runs with these tags, newest first."""
+
+    def run(self, id: str) -> DagsterRun | None:
+        """Return a run; None if Dagster has none with this id."""
 
 
 def dagster_url(home: Path) -> str:
@@ -171,6 +190,10 @@ class Orchestrator:
                 started_at=_time(run["startTime"]),
                 ended_at=_time(run["endTime"]),
                 tags={tag["key"]: tag["value"] for tag in run["tags"]},
+                assets=None
+                if run["assetSelection"] is None
+                else frozenset(tuple(key["path"]) for key in run["assetSelection"]),
+                config=yaml.safe_load(run["runConfigYaml"]) or {},
             )
             for run in answer["results"]
         ]

@@ -9,11 +9,12 @@ from dagster import DagsterEventType as Kind
 
 from finetune_pipeline.alerts import Alert, send
 from finetune_pipeline.manifests import PromotionManifest, ReportManifest
-from finetune_pipeline.orchestration.automation import LOOP_TAG, is_of_loop
+from finetune_pipeline.orchestration.automation import is_of_loop
 from finetune_pipeline.orchestration.checks import CHECKS_STEP
 from finetune_pipeline.orchestration.resources import FinetuneHome
 from finetune_pipeline.orchestration.run_events import CHECKS_FAILED, cause, run_failure_cause
 from finetune_pipeline.pipeline.alert_texts import failure, promotion_or_rejection
+from finetune_pipeline.pipeline.jobs import LOOP_TAG
 from finetune_pipeline.pipeline.promote import NOT_PROMOTED
 from finetune_pipeline.settings import LoopSettings, home
 

@@ -14,14 +14,15 @@ from finetune_pipeline.manifests import AdapterManifest, RawLogsManifest
 from finetune_pipeline.orchestration.resources import STAGES, FinetuneHome
 from finetune_pipeline.orchestration.storage import storage_errors
 from finetune_pipeline.pipeline.implicit_acceptance import accept_unrated
+from finetune_pipeline.pipeline.jobs import JOB_TAG, LOOP_TAG, job_id_of
 from finetune_pipeline.pipeline.pending import find_new
 from finetune_pipeline.registry.comparisons import judged_watermark
+from finetune_pipeline.registry.training_jobs import Origin, TrainingJob, create_job
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.sources.ingest_ledger import UnreadFile, unread
 from finetune_pipeline.sources.text_files import printable
 from finetune_pipeline.wording import counted
 
-LOOP_TAG = "finetune/loop"
 WATERMARK_TAG = "finetune/watermark"
 FIRST_ATTEMPT_TAG = "finetune/new_at_first_attempt"
 FILES_TAG = "finetune/files"
@@ -56,10 +57,13 @@ def automation(loop: LoopSettings) -> dg.Definitions:
     )
     enabled = loop.trigger.running
 
-    def evaluate(database: Database, instance: dg.DagsterInstance) -> RequestOrSkip:
+    def evaluate(database: Database, instance: dg.DagsterInstance, origin: Origin, name: str) -> RequestOrSkip:
         now = datetime.now(UTC)
         accept_unrated(loop, database, now)  # so that the next evaluation need not look at these answers again
-        return next_run(loop, database, instance, now)
+        request = next_run(loop, database, instance, now)
+        if isinstance(request, dg.SkipReason) or FILES_TAG in request.tags:
+            return request
+        return _with_job(loop, database, request, origin, name, str(request.run_key))
 
     @dg.sensor(
         name=f"{loop.name}_new_examples",
@@ -70,7 +74,7 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         description=f"Runs the loop when there are {loop.trigger.new_examples} new high-reward examples.",
     )
     def new_examples(context: dg.SensorEvaluationContext, finetune_home: FinetuneHome) -> RequestOrSkip:
-        return evaluate(finetune_home.database(), context.instance)
+        return evaluate(finetune_home.database(), context.instance, "sensor", context.sensor_name)
 
     schedule_status = dg.DefaultScheduleStatus.RUNNING if enabled else dg.DefaultScheduleStatus.STOPPED
 
@@ -84,7 +88,7 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         description="Evaluates the sensor's condition once a night; alone, for training at night only.",
     )
     def nightly(context: dg.ScheduleEvaluationContext, finetune_home: FinetuneHome) -> RequestOrSkip:
-        return evaluate(finetune_home.database(), context.instance)
+        return evaluate(finetune_home.database(), context.instance, "schedule", f"{loop.name}_nightly")
 
     @dg.schedule(
         name=f"{loop.name}_yearly",
@@ -95,15 +99,34 @@ def automation(loop: LoopSettings) -> dg.Definitions:
         default_status=schedule_status,
         description="Trains from the base model on all examples once a year, even if few are new.",
     )
-    def yearly(context: dg.ScheduleEvaluationContext) -> RequestOrSkip:
+    def yearly(context: dg.ScheduleEvaluationContext, finetune_home: FinetuneHome) -> RequestOrSkip:
         run_id = unfinished_run(loop, context.instance, datetime.now(UTC))
         if run_id is not None:
             return _skip_during(run_id)
         step = "__".join([*loop.prefix, AdapterManifest.stage])
         full_training = {"ops": {step: {"config": {"mode": "full"}}}}
-        return dg.RunRequest(tags={LOOP_TAG: loop.name}, run_config=full_training)
+        request = dg.RunRequest(tags={LOOP_TAG: loop.name}, run_config=full_training)
+        tick = context.scheduled_execution_time.isoformat()
+        return _with_job(loop, finetune_home.database(), request, "schedule", f"{loop.name}_yearly", tick)
 
     return dg.Definitions(jobs=[job], sensors=[new_examples], schedules=[nightly, yearly])
+
+
+def _with_job(
+    loop: LoopSettings, database: Database, request: dg.RunRequest, origin: Origin, name: str, key: str
+) -> dg.RunRequest:
+    """Return a request with the tag of a new training job.
+
+    Args:
+        name: of the sensor or schedule.
+        key: tells the request from others of it; the same request again has the same job.
+    """
+    job = TrainingJob(
+        id=job_id_of(f"{name} {key}"), loop=loop.name, origin=origin, created_by=name, created_at=datetime.now(UTC)
+    )
+    create_job(database, job, exclusive=False)
+    tags = {**request.tags, JOB_TAG: job.id}
+    return dg.RunRequest(run_key=request.run_key, run_config=request.run_config, tags=tags)
 
 
 def next_run(loop: LoopSettings, database: Database, instance: dg.DagsterInstance, now: datetime) -> RequestOrSkip:

@@ -18,6 +18,7 @@ from finetune_pipeline.manifests import (
     RawLogsManifest,
     ReportManifest,
 )
+from finetune_pipeline.orchestration.job_steps import note_checks
 from finetune_pipeline.orchestration.resources import percent
 from finetune_pipeline.pipeline.build_dataset import check_and_record
 from finetune_pipeline.pipeline.export import ModelCheck, score_equivalence
@@ -160,13 +161,18 @@ def curated_dataset_checks(loop: LoopSettings) -> dg.AssetChecksDefinition:
     ) -> Iterator[dg.AssetCheckResult]:
         selected = {key.name for key in context.selected_asset_check_keys}
         checks = check_and_record(loop, curated_dataset, context.run.run_id)
-        for check in (check for check in checks if check.name in selected):
-            yield dg.AssetCheckResult(
+        results = [
+            dg.AssetCheckResult(
                 check_name=check.name,
                 passed=check.passed,
                 description=check.description or None,
                 metadata=check.metadata,
             )
+            for check in checks
+            if check.name in selected
+        ]
+        note_checks(context.run.run_id, results)
+        yield from results
 
     return checks
 

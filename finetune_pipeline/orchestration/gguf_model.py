@@ -8,7 +8,7 @@ from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.export.base import base_stamp
 from finetune_pipeline.manifests import AdapterManifest, GgufManifest
 from finetune_pipeline.orchestration.checks import check_specs, gguf_model_results
-from finetune_pipeline.orchestration.job_steps import job_step
+from finetune_pipeline.orchestration.job_steps import job_step, note_checks
 from finetune_pipeline.orchestration.resources import loop_asset, materialized
 from finetune_pipeline.pipeline.export import export_model, gguf_identity
 from finetune_pipeline.settings import LoopSettings
@@ -38,7 +38,9 @@ def gguf_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         with job_step(loop, context) as step:
             artifact, checks = export_model(step.loop, lora_adapter, context.run.run_id, context.log.info)
             step.made(f"exported the model {artifact.manifest.version}", model_sha256=gguf_identity(artifact))
-        return materialized(artifact, _metadata(artifact), gguf_model_results(loop, checks))
+        results = gguf_model_results(loop, checks)
+        note_checks(context.run.run_id, results)
+        return materialized(artifact, _metadata(artifact), results)
 
     return gguf_model
 

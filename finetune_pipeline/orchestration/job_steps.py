@@ -1,6 +1,6 @@
 """What the steps of a run tell the training job that they belong to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import AdapterManifest
 from finetune_pipeline.pipeline.jobs import (
     JOB_TAG,
+    PROCESS_TAG,
     job_of_run,
     loop_of_job,
     note_completed,
@@ -18,7 +19,9 @@ from finetune_pipeline.pipeline.jobs import (
     note_made,
     note_progress,
     note_started,
+    this_process,
 )
+from finetune_pipeline.registry.training_jobs import find_job_of_run
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.validation_messages import without_values
 
@@ -66,9 +69,27 @@ def job_step(loop: LoopSettings, context: dg.AssetExecutionContext) -> Iterator[
         yield JobStep(loop)
         return
     job = job_of_run(connect(), loop.name, run.run_id, run.tags)
+    if job.loop != loop.name:  # a run of several loops is the job of the first
+        yield JobStep(loop)
+        return
+    if job.status in ("paused", "canceled") or job.wanted in ("pause", "cancel"):
+        raise dg.Failure(f"the job {job.id} is to end: {job.wanted or job.status}", allow_retries=False)
+    context.instance.add_run_tags(run.run_id, {PROCESS_TAG: this_process()})
     note_started(connect(), job.id)
     try:
         yield JobStep(loop_of_job(loop, job.settings), job.id, job.dataset, job.settings.get("training", {}))
     except Exception as error:
         note_failed(connect(), job.id, f"{context.asset_key.path[-1]}: {without_values(str(error))}")
         raise
+
+
+def note_checks(run_id: str, results: Sequence[dg.AssetCheckResult]) -> None:
+    """End the job of a run as failed if a blocking check failed, with the reasons."""
+    reasons = [
+        f"check {result.check_name}: {result.description or 'failed'}"
+        for result in results
+        if not result.passed and result.severity == dg.AssetCheckSeverity.ERROR
+    ]
+    job = find_job_of_run(connect(), run_id) if reasons else None
+    if job is not None:
+        note_failed(connect(), job.id, "; ".join(reasons))

@@ -7,18 +7,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import dagster as dg
 import sqlalchemy as sa
 
 from finetune_pipeline.alerts import send
+from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import AdapterManifest
 from finetune_pipeline.orchestration.alerts import alert_of_run
 from finetune_pipeline.orchestration.run_events import RunEvents
 from finetune_pipeline.orchestration.storage import storage_errors
+from finetune_pipeline.orchestration.stored_runs import StoredRuns
 from finetune_pipeline.pipeline.alert_texts import failure
+from finetune_pipeline.pipeline.jobs import job_id_of, note_canceling, note_failed, refresh
 from finetune_pipeline.pipeline.summary import run_summary
+from finetune_pipeline.registry.training_jobs import TrainingJob, create_job, find_job
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, with_loop
 
 WORKSPACE = PROJECT_ROOT / "workspace.yaml"
@@ -37,6 +42,7 @@ def run_loop(
     log: Path,
     echo: Callable[[str], None],
     *,
+    created_by: str = "cli",
     verbose: bool = False,
     workspace: Path = WORKSPACE,
 ) -> int:
@@ -49,6 +55,7 @@ def run_loop(
         run_id: the id that the run gets in Dagster.
         log: file for the complete log; it must not exist.
         echo: shows a line.
+        created_by: who starts it, for its training job.
         verbose: show Dagster's complete log.
         workspace: names the code location, as for Dagster's servers.
 
@@ -57,6 +64,11 @@ def run_loop(
         the signal's number if a signal ended it.
     """
     began = time.time()
+    db = connect()
+    training_job = TrainingJob(
+        id=job_id_of(run_id), loop=loop.name, origin="cli", created_by=created_by, created_at=datetime.now(UTC)
+    )
+    create_job(db, training_job, exclusive=False)
     log.parent.mkdir(parents=True, exist_ok=True)
     tied = [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid())]
     job = [sys.executable, "-m", "finetune_pipeline.orchestration.run_job", str(workspace), loop.job_name]
@@ -64,7 +76,7 @@ def run_loop(
         with log.open("xb") as file:
             # A new session: Ctrl-C reaches only this process, which then marks the run as canceled.
             process = subprocess.Popen(
-                [*tied, *job, loop.name, run_id], cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL,
+                [*tied, *job, loop.name, run_id, training_job.id], cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL,
                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         events = RunEvents(instance, run_id, began)
@@ -81,6 +93,7 @@ def run_loop(
                             echo(line)
                     if running and (received or events.canceling):
                         echo("stopping the run; press Ctrl-C again to kill it")
+                        note_canceling(db, training_job.id)
                         _stop(instance, process, run_id, received)
                     elif running:
                         time.sleep(POLL_SECONDS)
@@ -90,12 +103,16 @@ def run_loop(
             raise
         finally:
             if process.poll() is None:  # for example, because the output's reader is gone
+                note_canceling(db, training_job.id)
                 _stop(instance, process, run_id, received)
         run = instance.get_run_by_id(run_id)
         if run is not None and not run.is_finished:  # the process was killed and could not do it
             instance.report_run_failed(run, f"The run's process ended with exit code {process.returncode}.")
         canceled = bool(received) or (run is not None and run.status == dg.DagsterRunStatus.CANCELED)
         ended = instance.get_run_by_id(run_id)
+        if not canceled and (ended is None or ended.status == dg.DagsterRunStatus.FAILURE):
+            note_failed(db, training_job.id, f"the run failed; its log is {log}")
+        refresh(db, StoredRuns(instance), find_job(db, training_job.id))
         if ended is None:
             alert = None if canceled else failure(loop, run_id, "", ["the run could not be created"], str(log))
         else:

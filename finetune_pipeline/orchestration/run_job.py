@@ -1,6 +1,6 @@
 """Execute one run of a loop's job in this process, without any of Dagster's servers.
 
-    python -m finetune_pipeline.orchestration.run_job WORKSPACE JOB LOOP RUN_ID
+    python -m finetune_pipeline.orchestration.run_job WORKSPACE JOB LOOP RUN_ID JOB_ID
 
 The run gets the origin of the code location in the workspace file, as if the UI or the daemon had launched it. So it is
 listed under its job and on the run timeline. Dagster's public API (`dg.execute_job`) creates runs without an origin and
@@ -18,12 +18,12 @@ from dagster._core.remote_origin import ManagedGrpcPythonEnvCodeLocationOrigin, 
 from dagster._core.workspace.load import location_origins_from_yaml_paths
 from dagster._utils.interrupts import capture_interrupts
 
-from finetune_pipeline.orchestration.automation import LOOP_TAG
+from finetune_pipeline.pipeline.jobs import JOB_TAG, LOOP_TAG, PROCESS_TAG, this_process
 
 DEFINITIONS = "defs"  # the attribute of the code location's module or file
 
 
-def execute(workspace: Path, job_name: str, loop: str, run_id: str) -> bool:
+def execute(workspace: Path, job_name: str, loop: str, run_id: str, job_id: str) -> bool:
     """Create the run and execute it; return whether it succeeded.
 
     SIGTERM and SIGINT end it after its steps have been interrupted.
@@ -43,7 +43,7 @@ def execute(workspace: Path, job_name: str, loop: str, run_id: str) -> bool:
         run = instance.create_run_for_job(
             definition,
             run_id=run_id,
-            tags={**definition.run_tags, LOOP_TAG: loop},
+            tags={**definition.run_tags, LOOP_TAG: loop, JOB_TAG: job_id, PROCESS_TAG: this_process()},
             remote_job_origin=origin.get_job_origin(job_name),
             job_code_origin=job.get_python_origin(),
         )

@@ -1,11 +1,14 @@
 """Training jobs: create, watch, cancel, pause and resume them, over Dagster's runs.
 
 Dagster is the one scheduler. The run's own steps write what they do into the job's row (`job_of_run`, `note_*`); what
-only Dagster knows, such as a killed or queued run, is read from it by `sync`. A job is launched at most once at a time:
-every run has the job's id as a tag, so a server that was killed between the row and the launch finds the run again.
+only Dagster knows, such as a killed or queued run, is read from it by `refresh` and `sync`. A job has at most one run
+at a time: every run has the job's id as a tag, so a server that was killed between the row and the launch finds the run
+again, and a run that is one too many does not begin (`add_run`).
 """
 
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -17,20 +20,25 @@ from finetune_pipeline.manifests import (
     AdapterManifest,
     DatasetManifest,
     GgufManifest,
+    PromotionManifest,
     RawLogsManifest,
     ReportManifest,
 )
-from finetune_pipeline.orchestrator import Orchestrator, OrchestratorDown, OrchestratorError
+from finetune_pipeline.orchestrator import DagsterRun, Orchestrator, OrchestratorDown, OrchestratorError, RunReader
 from finetune_pipeline.registry.training_jobs import (
-    ENDED,
+    IN_PROGRESS,
     UNFINISHED,
+    JobBusyError,
     JobError,
     Origin,
     Status,
     TrainingJob,
+    UnknownJobError,
     add_event,
     add_run,
+    claim_launch,
     create_job,
+    events_of,
     find_job,
     find_job_of_run,
     new_job_id,
@@ -40,21 +48,18 @@ from finetune_pipeline.registry.training_jobs import (
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.validation_messages import error_messages
 
-JOB_TAG, LOOP_TAG = "finetune/job", "finetune/loop"
-"""Tags of a run: the id of its job, and its loop."""
+JOB_TAG, LOOP_TAG, PROCESS_TAG = "finetune/job", "finetune/loop", "finetune/process"
+"""Tags of a run: the id of its job, its loop, and its process (see `this_process`)."""
 
-LAUNCH_AGAIN = timedelta(seconds=30)
-"""A pending job without a run for so long is launched again; Dagster lists a launched run at once."""
+PARENT_TAG = "dagster/parent_run_id"
+"""Tag that Dagster gives to a run that executes another one again, with that one's tags."""
 
-_STATUS: dict[str, Status] = {
-    "NOT_STARTED": "pending",
-    "MANAGED": "pending",
-    "QUEUED": "pending",
-    "STARTING": "pending",
-    "STARTED": "running",
-    "SUCCESS": "completed",
-    "FAILURE": "failed",
-}
+LAUNCH_AGAIN = timedelta(seconds=60)
+"""A job that waits for a run and had no event for so long is launched again. It is longer than Dagster's webserver may
+take to answer, and Dagster lists a launched run at once."""
+
+LOST = timedelta(hours=1)
+"""A job that Dagster has no run of, and that had no event for so long, has failed."""
 
 
 class InvalidJobSettings(JobError):
@@ -114,7 +119,7 @@ def create(
     loop_of_job(loop, settings)
     if dataset is not None and not (stage_folder(loop.name, DatasetManifest.stage) / dataset).is_dir():
         raise JobError(f"loop {loop.name} has no dataset {dataset!r}; `finetune dataset list` shows them")
-    orchestrator.runs({LOOP_TAG: loop.name, JOB_TAG: "none"})  # answers before a row exists
+    orchestrator.runs({JOB_TAG: "none"})  # answers before a row exists
     asked = {"settings": dict(settings), "dataset": dataset, "suffix": suffix, "metadata": dict(metadata or {})}
     job = TrainingJob(
         id=new_job_id(),
@@ -123,103 +128,194 @@ def create(
         created_by=created_by,
         idempotency_key=idempotency_key,
         request_sha256=hash_of(asked) if idempotency_key is not None else None,
+        wanted="launch",
         created_at=datetime.now(UTC),
         **asked,
     )
-    known = create_job(db, job)
+    try:
+        known = create_job(db, job)
+    except JobBusyError as busy:  # unless its run has ended meanwhile
+        if sync(db, orchestrator, loop, find_job(db, busy.running_id)).status in IN_PROGRESS:
+            raise
+        known = create_job(db, job)
     if known.id == job.id:
         _launch(db, orchestrator, loop, job)
     return find_job(db, known.id)
 
 
 def _launch(db: Database, orchestrator: Orchestrator, loop: LoopSettings, job: TrainingJob) -> None:
-    """Launch a run of a job, unless Dagster has an unfinished one."""
-    running = [run for run in orchestrator.runs({JOB_TAG: job.id}) if not run.finished]
-    if running:
-        add_run(db, job.id, running[0].id)
+    """Launch the run that a job waits for, unless Dagster has it."""
+    known = runs_of(db, job.id)
+    if any(add_run(db, job.id, run.id) for run in _runs(orchestrator, job, known) if run.id not in known):
         return
-    stages = [AdapterManifest.stage, GgufManifest.stage, ReportManifest.stage]
-    if job.dataset is None:
-        stages = [RawLogsManifest.stage, DatasetManifest.stage, *stages]
+    stages = [RawLogsManifest.stage, DatasetManifest.stage, AdapterManifest.stage, GgufManifest.stage]
+    stages += [ReportManifest.stage, PromotionManifest.stage]
+    config: Mapping[str, Any] = {}
+    first = orchestrator.run(known[0]) if known else None
+    if first is not None:  # the same steps, with what was set in the launchpad
+        config = first.config.get("ops", {})
+        stages = [stage for stage in stages if first.assets is None or (*loop.prefix, stage) in first.assets]
+    elif job.origin in ("api", "openai"):
+        stages.remove(PromotionManifest.stage)
+    if job.dataset is not None:
+        stages = [stage for stage in stages if stage not in (RawLogsManifest.stage, DatasetManifest.stage)]
+    steps = {"__".join([*loop.prefix, stage]) for stage in stages}
+    config = {"ops": {step: config[step] for step in config.keys() & steps}}
+    tags = {JOB_TAG: job.id, LOOP_TAG: loop.name}
     try:
-        run_id = orchestrator.launch(
-            loop.job_name, [[*loop.prefix, stage] for stage in stages], {}, {JOB_TAG: job.id, LOOP_TAG: loop.name}
-        )
+        run_id = orchestrator.launch(loop.job_name, [[*loop.prefix, stage] for stage in stages], config, tags)
     except OrchestratorDown:
         return  # it may have been launched; `sync` finds out
     except OrchestratorError as error:
         _end(db, job.id, "failed", str(error))
         raise
-    add_run(db, job.id, run_id)
-    add_event(db, job.id, f"launched as run {run_id} of Dagster")
+    if not add_run(db, job.id, run_id):  # the job was canceled or paused meanwhile
+        orchestrator.terminate(run_id)
 
 
-def sync(db: Database, orchestrator: Orchestrator, loop: LoopSettings, job: TrainingJob) -> TrainingJob:
-    """Return a job with the status of its Dagster run, and finish what a killed server left half done.
+def _runs(runs: RunReader, job: TrainingJob, known: Sequence[str]) -> list[DagsterRun]:
+    """Return the runs of a job that Dagster has, oldest first."""
+    found = {run.id: run for run in runs.runs({JOB_TAG: job.id}) if PARENT_TAG not in run.tags or run.id in known}
+    if known and known[-1] not in found and (run := runs.run(known[-1])):  # it was not launched for the job
+        found[run.id] = run
+    return sorted(found.values(), key=lambda run: run.created_at)
+
+
+def refresh(db: Database, runs: RunReader, job: TrainingJob) -> TrainingJob:
+    """Return a job with the status of its Dagster run; launch and terminate nothing.
 
     Raises:
         OrchestratorDown: Dagster does not answer; the row has what the run itself wrote last.
     """
-    if job.status in ENDED or job.status == "paused":
+    job = find_job(db, job.id)  # as it is now: what was read before a pause must not end the paused job
+    if job.status not in IN_PROGRESS:
         return job
     known = runs_of(db, job.id)
-    found = orchestrator.runs({JOB_TAG: job.id}) or [run for id in known[-1:] if (run := orchestrator.run(id))]
-    if not found:
-        since = datetime.now(UTC) - job.created_at
-        if job.wanted is not None:
+    found = _runs(runs, job, known)
+    if job.wanted in ("pause", "cancel"):
+        if any(not run.finished and not _is_dead(runs, run) for run in found):
+            return job
+        if found and found[-1].status == "SUCCESS":
+            _end(db, job.id, "completed", "")
+        else:
             _end_as_wanted(db, job)
-        elif known:
-            _end(db, job.id, "failed", f"Dagster has no run {known[-1]}; it was deleted. Create the job again")
-        elif since > LAUNCH_AGAIN:
-            _launch(db, orchestrator, loop, job)
         return find_job(db, job.id)
-    run = found[0]
-    if run.id not in known:
-        add_run(db, job.id, run.id)
-    if run.finished and run.id in known[:-1]:
-        return job  # the run before a resumption that is not launched yet
-    if job.wanted is not None and not run.finished:
-        orchestrator.terminate(run.id)
-    elif run.status == "CANCELED" or (job.wanted is not None and run.status == "FAILURE"):
-        _end_as_wanted(db, job)
-    elif run.status == "FAILURE":
-        _end(db, job.id, "failed", job.error or f"the run {run.id} failed; its log in Dagster says why")
+    new = [run for run in found if run.id not in known]
+    if job.wanted == "launch" and not new:
+        return job
+    if new and add_run(db, job.id, new[0].id):
+        known.append(new[0].id)
+    run = next((run for run in found if run.id in known[-1:]), None)
+    if run is None:
+        if datetime.now(UTC) - events_of(db, job.id)[-1].created_at > LOST:
+            lost = f"the run {known[-1]}; it was deleted" if known else "a run of it"
+            _end(db, job.id, "failed", f"Dagster does not have {lost}. Create the job again", unless_wanted=True)
     elif run.status == "SUCCESS":
         _end(db, job.id, "completed", "")
-    elif _STATUS.get(run.status) == "running" and job.status == "pending":
+    elif run.status == "CANCELED":
+        _end(db, job.id, "canceled", "", unless_wanted=True)
+    elif run.status == "FAILURE":
+        _end(db, job.id, "failed", f"the run {run.id} failed; its log in Dagster says why", unless_wanted=True)
+    elif _is_dead(runs, run):
+        _end(db, job.id, "failed", f"the process of the run {run.id} was killed", unless_wanted=True)
+    elif run.status == "STARTED" and job.status == "pending":
         note_started(db, job.id)
     return find_job(db, job.id)
 
 
-def cancel(db: Database, orchestrator: Orchestrator, loop: LoopSettings, id: str) -> TrainingJob:
+def this_process() -> str:
+    """Return what tells this process from all others, on this machine and others, for PROCESS_TAG."""
+    import psutil
+
+    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time()}"
+
+
+def _is_dead(runs: RunReader, run: DagsterRun) -> bool:
+    """Return whether the process of an unfinished run was killed, which Dagster does not notice."""
+    import psutil
+
+    host, _, process = run.tags.get(PROCESS_TAG, "").partition(":")
+    if host != socket.gethostname():
+        return False
+    id, _, created = process.partition(":")
+    try:
+        one = psutil.Process(int(id))
+        if one.create_time() == float(created) and one.status() != psutil.STATUS_ZOMBIE:
+            return False
+    except psutil.NoSuchProcess:
+        pass
+    now = runs.run(run.id)  # it may have ended in between, and wrote that before its process ended
+    return now is not None and not now.finished
+
+
+def sync(db: Database, orchestrator: Orchestrator, loop: LoopSettings | None, job: TrainingJob) -> TrainingJob:
+    """Return a job with the status of its Dagster run, and finish what a killed server left half done.
+
+    Args:
+        loop: of the job; None if it no longer exists.
+
+    Raises:
+        OrchestratorDown: Dagster does not answer; the row has what the run itself wrote last.
+    """
+    job = refresh(db, orchestrator, job)
+    if job.status not in IN_PROGRESS:
+        return job
+    if job.wanted in ("pause", "cancel"):
+        for run in _runs(orchestrator, job, runs_of(db, job.id)):
+            if not run.finished and run.status != "CANCELING":
+                orchestrator.terminate(run.id)
+        job = refresh(db, orchestrator, job)
+    elif job.wanted == "launch" and loop is None:
+        _end(db, job.id, "failed", f"there is no loop {job.loop} any more")
+    elif job.wanted == "launch" and claim_launch(db, job.id, LAUNCH_AGAIN):
+        assert loop is not None
+        _launch(db, orchestrator, loop, job)
+    return find_job(db, job.id)
+
+
+def cancel(db: Database, orchestrator: Orchestrator, loop: LoopSettings | None, id: str) -> TrainingJob:
     """Cancel a job: its run is terminated, its training process ends, and the last checkpoint is kept.
+
+    The job is canceled when its run has ended, which takes seconds; until then `wanted` is cancel.
+
+    Args:
+        loop: of the job; None if it no longer exists.
 
     Raises:
         JobError: it has ended.
         OrchestratorDown: Dagster does not answer; the run is terminated when it does.
     """
-    job = find_job(db, id)
-    if job.status == "paused":
-        _end(db, id, "canceled", "")
+    job = _job_of(db, loop, id)
+    changes = {"status": "canceled", "finished_at": datetime.now(UTC)}
+    if update_job(db, id, changes, if_status=("paused",), event="canceled"):
         return find_job(db, id)
     return _interrupt(db, orchestrator, loop, job, "cancel")
 
 
-def pause(db: Database, orchestrator: Orchestrator, loop: LoopSettings, id: str) -> TrainingJob:
+def pause(db: Database, orchestrator: Orchestrator, loop: LoopSettings | None, id: str) -> TrainingJob:
     """Pause a job: its run is terminated, and the training continues from its last checkpoint when it is resumed.
+
+    The job is paused when its run has ended, which takes seconds; until then `wanted` is pause.
+
+    Args:
+        loop: of the job; None if it no longer exists.
 
     Raises:
         JobError: it is not in progress.
         OrchestratorDown: Dagster does not answer; the run is terminated when it does.
     """
-    return _interrupt(db, orchestrator, loop, find_job(db, id), "pause")
+    return _interrupt(db, orchestrator, loop, _job_of(db, loop, id), "pause")
 
 
 def _interrupt(
-    db: Database, orchestrator: Orchestrator, loop: LoopSettings, job: TrainingJob, wanted: Literal["pause", "cancel"]
+    db: Database,
+    orchestrator: Orchestrator,
+    loop: LoopSettings | None,
+    job: TrainingJob,
+    wanted: Literal["pause", "cancel"],
 ) -> TrainingJob:
     event = f"{wanted} was requested"
-    if not update_job(db, job.id, {"wanted": wanted}, if_status=("pending", "running"), event=event):
+    if not update_job(db, job.id, {"wanted": wanted}, if_status=IN_PROGRESS, event=event):
         past = {"pause": "paused", "cancel": "canceled"}[wanted]
         raise JobError(f"the job {job.id} is {find_job(db, job.id).status}; it cannot be {past} now")
     return sync(db, orchestrator, loop, find_job(db, job.id))
@@ -232,12 +328,31 @@ def resume(db: Database, orchestrator: Orchestrator, loop: LoopSettings, id: str
         JobError: it is not paused, or another job of the loop is in progress.
         OrchestratorDown: Dagster does not answer; the job stays paused.
     """
-    job = find_job(db, id)
+    job = _job_of(db, loop, id)
     orchestrator.runs({JOB_TAG: job.id})  # answers before the row changes
-    if not update_job(db, id, {"status": "pending", "wanted": None}, if_status=("paused",), event="resumed"):
-        raise JobError(f"the job {id} is {job.status}; only a paused job can be resumed")
+    changes = {"status": "pending", "wanted": "launch"}
+    try:
+        resumed = update_job(db, id, changes, if_status=("paused",), event="resumed")
+    except JobBusyError as busy:  # unless its run has ended meanwhile
+        if sync(db, orchestrator, loop, find_job(db, busy.running_id)).status in IN_PROGRESS:
+            raise
+        resumed = update_job(db, id, changes, if_status=("paused",), event="resumed")
+    if not resumed:
+        raise JobError(f"the job {id} is {find_job(db, id).status}; only a paused job can be resumed")
     _launch(db, orchestrator, loop, job)
     return find_job(db, id)
+
+
+def _job_of(db: Database, loop: LoopSettings | None, id: str) -> TrainingJob:
+    job = find_job(db, id)
+    if loop is not None and job.loop != loop.name:
+        raise UnknownJobError(f"the job {id} belongs to the loop {job.loop}, not to {loop.name}")
+    return job
+
+
+def job_id_of(started_by: str) -> str:
+    """Return the id of the job of something that starts at most one, such as a run or a sensor's run key."""
+    return f"ftjob-{hash_of(started_by)[:24]}"
 
 
 def job_of_run(db: Database, loop: str, run_id: str, tags: Mapping[str, str]) -> TrainingJob:
@@ -246,30 +361,34 @@ def job_of_run(db: Database, loop: str, run_id: str, tags: Mapping[str, str]) ->
     Args:
         run_id: Dagster's run.
         tags: of the run.
+
+    Raises:
+        JobError: the run was launched for a job that does not wait for one, so that it must not begin.
     """
-    if JOB_TAG in tags:
-        add_run(db, tags[JOB_TAG], run_id)
-        return find_job(db, tags[JOB_TAG])
     known = find_job_of_run(db, run_id)
     if known is not None:
         return known
-    origin: Origin = "ui"
-    if "dagster/sensor_name" in tags:
-        origin = "sensor"
-    elif "dagster/schedule_name" in tags:
-        origin = "schedule"
-    elif "finetune/command" in tags:
-        origin = "cli"
+    again = {}
+    if JOB_TAG in tags:
+        try:
+            job = find_job(db, tags[JOB_TAG])
+        except UnknownJobError:  # of another database
+            pass
+        else:
+            if add_run(db, job.id, run_id):
+                return find_job(db, job.id)
+            if PARENT_TAG not in tags:
+                now = find_job(db, job.id)
+                asked = f", and {now.wanted} was requested" if now.wanted else ""
+                raise JobError(f"the job {job.id} waits for no run: it is {now.status}{asked}")
+            again = job.model_dump(include={"settings", "dataset", "suffix", "metadata"})
     job = TrainingJob(
-        id=f"ftjob-{hash_of(run_id)[:24]}",  # a repeated call makes the same one
-        loop=loop,
-        origin=origin,
-        created_by=tags.get("user", "dagster"),
-        created_at=datetime.now(UTC),
-    )
+        id=job_id_of(run_id), loop=loop, origin="ui", created_by=tags.get("user", "dagster"),
+        created_at=datetime.now(UTC), **again,
+    )  # fmt: skip
     create_job(db, job, exclusive=False)
     add_run(db, job.id, run_id)
-    return job
+    return find_job(db, job.id)
 
 
 def note_started(db: Database, id: str) -> None:
@@ -289,9 +408,14 @@ def note_made(db: Database, id: str, event: str, **made: str | None) -> None:
     update_job(db, id, made, if_status=UNFINISHED, event=event)
 
 
+def note_canceling(db: Database, id: str) -> None:
+    """Record that the run of a job is being canceled by whoever started it."""
+    update_job(db, id, {"wanted": "cancel"}, if_status=IN_PROGRESS, event="the run is being canceled")
+
+
 def note_failed(db: Database, id: str, error: str) -> None:
-    """Record that a step of a job failed."""
-    _end(db, id, "failed", error)
+    """Record that a step of a job failed, unless it was interrupted on request."""
+    _end(db, id, "failed", error, unless_wanted=True)
 
 
 def note_completed(db: Database, id: str) -> None:
@@ -301,11 +425,12 @@ def note_completed(db: Database, id: str) -> None:
 
 def _end_as_wanted(db: Database, job: TrainingJob) -> None:
     if job.wanted == "pause":
-        update_job(db, job.id, {"status": "paused", "wanted": None}, if_status=("pending", "running"), event="paused")
+        update_job(db, job.id, {"status": "paused", "wanted": None}, if_status=IN_PROGRESS, event="paused")
     else:
         _end(db, job.id, "canceled", "")
 
 
-def _end(db: Database, id: str, status: Status, error: str) -> None:
+def _end(db: Database, id: str, status: Status, error: str, *, unless_wanted: bool = False) -> None:
     changes = {"status": status, "error": error, "wanted": None, "finished_at": datetime.now(UTC)}
-    update_job(db, id, changes, if_status=UNFINISHED, event=f"{status}: {error}" if error else status)
+    event = f"{status}: {error}" if error else status
+    update_job(db, id, changes, if_status=IN_PROGRESS, unless_wanted=unless_wanted, event=event)

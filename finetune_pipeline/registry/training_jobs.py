@@ -5,21 +5,21 @@ A job is started by the API, the CLI, the sensor, a schedule or Dagster's UI. `p
 
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import sqlalchemy as sa
 from pydantic import Field
 
 from finetune_pipeline.database import Database
-from finetune_pipeline.database.statements import insert_if_absent
 from finetune_pipeline.database.tables import training_job_events, training_job_runs, training_jobs
 from finetune_pipeline.records import Record, UtcDatetime
 from finetune_pipeline.registry.champion import lock_loop_in
 
 Origin = Literal["api", "openai", "cli", "sensor", "schedule", "ui"]
 Status = Literal["pending", "running", "paused", "completed", "failed", "canceled"]
-UNFINISHED: tuple[Status, ...] = ("pending", "running", "paused")
+IN_PROGRESS: tuple[Status, ...] = ("pending", "running")
+UNFINISHED: tuple[Status, ...] = (*IN_PROGRESS, "paused")
 ENDED: tuple[Status, ...] = ("completed", "failed", "canceled")
 
 
@@ -61,8 +61,8 @@ class TrainingJob(Record):
     suffix: str | None = None
     metadata: dict[str, str] = Field(default={}, description="The client's own facts.")
     status: Status = "pending"
-    wanted: Literal["pause", "cancel"] | None = Field(
-        default=None, description="What was asked for while its run still ends."
+    wanted: Literal["launch", "pause", "cancel"] | None = Field(
+        default=None, description="What was asked for and is not done yet: a run, or the end of its run."
     )
     error: str = ""
     progress: dict[str, Any] = Field(default={}, description="Newest Progress of the training; empty before it.")
@@ -127,7 +127,7 @@ def create_job(db: Database, job: TrainingJob, *, exclusive: bool = True) -> Tra
 
 def _check_not_busy(connection: sa.Connection, job: TrainingJob) -> None:
     j = training_jobs.c
-    query = sa.select(j.id, j.status).where(j.loop == job.loop, j.status.in_(("pending", "running")), j.id != job.id)
+    query = sa.select(j.id, j.status).where(j.loop == job.loop, j.status.in_(IN_PROGRESS), j.id != job.id)
     busy = connection.execute(query.limit(1)).first()
     if busy is not None:
         raise JobBusyError(
@@ -191,7 +191,13 @@ def list_jobs(
 
 
 def update_job(
-    db: Database, id: str, changes: Mapping[str, Any], *, if_status: Sequence[Status] = (), event: str = ""
+    db: Database,
+    id: str,
+    changes: Mapping[str, Any],
+    *,
+    if_status: Sequence[Status] = (),
+    unless_wanted: bool = False,
+    event: str = "",
 ) -> bool:
     """Change columns of a job in one transaction with an event about it, and return whether it was changed.
 
@@ -199,6 +205,7 @@ def update_job(
         changes: column -> value.
         if_status: change it only if its status is one of these; empty: whatever it is. So a run that reports late does
             not overwrite the end of a job.
+        unless_wanted: change it only if `wanted` is None, so that nothing was asked for meanwhile.
         event: text of the event; empty for none.
 
     Raises:
@@ -208,7 +215,7 @@ def update_job(
         if changes.get("status") == "pending":
             lock_loop_in(connection, find_job(db, id).loop)
         row = _locked(connection, id)
-        if row is None or (if_status and row.status not in if_status):
+        if row is None or (if_status and row.status not in if_status) or (unless_wanted and row.wanted):
             return False
         if changes.get("status") == "pending":
             _check_not_busy(connection, _job(row))
@@ -219,14 +226,44 @@ def update_job(
     return True
 
 
-def add_run(db: Database, job_id: str, run_id: str) -> None:
-    """Record that a Dagster run works on a job, unless it is recorded."""
+def add_run(db: Database, job_id: str, run_id: str) -> bool:
+    """Record that a Dagster run works on a job, and return whether it does: a job has one run at a time.
+
+    A run that is recorded works on it, and another one if the job waits for a run.
+    """
     r = training_job_runs.c
     with db.write() as connection:
-        newest = sa.select(sa.func.coalesce(sa.func.max(r.number), 0)).where(r.job_id == job_id)
-        number = connection.execute(newest).scalar_one() + 1
-        row = {"run_id": run_id, "job_id": job_id, "number": number, "created_at": datetime.now(UTC)}
-        insert_if_absent(connection, training_job_runs, row)
+        job = _locked(connection, job_id)
+        if job is None:
+            return False
+        known = list(connection.execute(sa.select(r.run_id).where(r.job_id == job_id)).scalars())
+        if run_id in known:
+            return True
+        if job.status != "pending" or job.wanted in {"pause", "cancel"} or (known and job.wanted != "launch"):
+            return False
+        row = {"run_id": run_id, "job_id": job_id, "number": len(known) + 1, "created_at": datetime.now(UTC)}
+        connection.execute(sa.insert(training_job_runs).values(**row))
+        connection.execute(sa.update(training_jobs).where(training_jobs.c.id == job_id).values(wanted=None))
+        add_event_in(connection, job_id, f"run {run_id} of Dagster works on it")
+    return True
+
+
+def claim_launch(db: Database, id: str, idle: timedelta) -> bool:
+    """Return whether the caller is to launch a run of a job, which waits for one and had no event for some time.
+
+    An event is written with it, so that of several callers at once one gets True.
+    """
+    e = training_job_events.c
+    with db.write() as connection:
+        job = _locked(connection, id)
+        if job is None or job.status != "pending" or job.wanted != "launch":
+            return False
+        events = sa.select(training_job_events).where(e.job_id == id).order_by(e.number.desc())
+        newest = JobEvent(**connection.execute(events.limit(1)).one()._mapping)
+        if datetime.now(UTC) - newest.created_at < idle:
+            return False
+        add_event_in(connection, id, "no run was found; it is launched again")
+    return True
 
 
 def runs_of(db: Database, job_id: str) -> list[str]:

@@ -10,8 +10,8 @@ from finetune_pipeline.alerts import list_alerts
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import PromotionManifest, ReportManifest
 from finetune_pipeline.orchestration.alerts import OVERLAP_SECONDS, alert_of_run, alert_sensor
-from finetune_pipeline.orchestration.automation import LOOP_TAG
 from finetune_pipeline.orchestration.resources import HOME, FinetuneHome
+from finetune_pipeline.pipeline.jobs import LOOP_TAG
 from finetune_pipeline.settings import home
 from finetune_pipeline_tests.pipeline.test_summary import made
 from finetune_pipeline_tests.receiver import receiving

@@ -10,8 +10,9 @@ import pytest
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.content_hash import content_hash
 from finetune_pipeline.feedback.store import mark_judged, newest_offset
-from finetune_pipeline.orchestration.automation import FIRST_ATTEMPT_TAG, LOOP_TAG, WATERMARK_TAG, next_run
+from finetune_pipeline.orchestration.automation import FIRST_ATTEMPT_TAG, WATERMARK_TAG, next_run
 from finetune_pipeline.pipeline.ingest import ingest
+from finetune_pipeline.pipeline.jobs import LOOP_TAG
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.registry.comparisons import ComparisonRecord
 from finetune_pipeline_tests.conftest import feedback, interaction
