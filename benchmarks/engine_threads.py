@@ -28,7 +28,8 @@ BUSY_LOOPS = 2
 SETTLE_SECONDS = 1.5
 """Time for the engine to notice other processes, and for threads of the previous measurement to stop spinning."""
 
-# Values of GOMP_SPINCOUNT: 300,000 is the default, 0 is OMP_WAIT_POLICY=PASSIVE, None is what the engine sets.
+# Values of GOMP_SPINCOUNT: 300,000 is the default, 0 is OMP_WAIT_POLICY=PASSIVE. "engine" has the default and, unlike
+# the others, changes its number of threads with the load.
 POLICIES: dict[str, str | None] = {"default": "300000", "PASSIVE": "0", "engine": None}
 GOALS = {"idle": ("default", 0.9), "busy": ("PASSIVE", 0.8)}
 

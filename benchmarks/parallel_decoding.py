@@ -47,8 +47,11 @@ START_SECONDS = 60
 MARGIN = 0.1
 """Largest difference of the log-probabilities of two tokens that may be exchanged."""
 
-ENGINE, ONE_AT_A_TIME, SERVER = "engine", "llama-cpp-python, one at a time", "llama-server"
-GOALS = {("starter", ONE_AT_A_TIME): 1.3, ("SmolLM2", SERVER): 0.95}
+ENGINE, CALLS, TOKEN_LOOP, SERVER = "engine", "llama-cpp-python, calls", "llama-cpp-python, token loop", "llama-server"
+"""CALLS are `Llama.create_completion`, as applications call it; TOKEN_LOOP is the generator of tokens inside it. Both
+answer one prompt at a time."""
+
+GOALS = {("starter", CALLS): 1.3, ("SmolLM2", SERVER): 0.95}
 """Smallest ratio of the engine's tokens per second to those of the other side."""
 
 Answers = list[list[int]]
@@ -111,9 +114,10 @@ def _measure(gguf: Path, count: int) -> tuple[dict[str, list[float]], dict[str, 
         texts = [engine.render(chat) for chat in chats]
         sides: dict[str, Callable[[], Answers]] = {
             ENGINE: lambda: _engine_answers(engine, texts),
-            ONE_AT_A_TIME: lambda: one_at_a_time(prompts),
+            CALLS: lambda: calls(prompts),
+            TOKEN_LOOP: lambda: token_loop(prompts),
         }
-        one_at_a_time = _llama_cpp_python(gguf, engine.info.threads)
+        calls, token_loop = _llama_cpp_python(gguf, engine.info.threads)
         if binary := os.environ.get("LLAMA_SERVER"):
             url = stack.enter_context(_llama_server(binary, gguf, engine.info.threads))
             client = stack.enter_context(httpx.Client(base_url=url, timeout=600))
@@ -146,33 +150,56 @@ def _engine_answers(engine: Engine, texts: list[str]) -> Answers:
     return [one.token_ids for one in done]
 
 
-def _llama_cpp_python(gguf: Path, threads: int) -> Answer:
-    """Return a function that answers with llama-cpp-python's own class, one prompt after the other."""
+def _llama_cpp_python(gguf: Path, threads: int) -> tuple[Answer, Answer]:
+    """Return functions that answer with llama-cpp-python's own class, by calls and by its loop over tokens."""
     import llama_cpp
 
-    model = llama_cpp.Llama(
+    class Recording(llama_cpp.Llama):  # type: ignore[misc]
+        """Keeps the tokens of a call, which returns only text."""
+
+        tokens: list[int]
+
+        def generate(self, *args: Any, **options: Any) -> Iterator[int]:
+            for token in super().generate(*args, **options):
+                self.tokens.append(token)
+                yield token
+
+    model = Recording(
         str(gguf), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False
     )
 
-    def answer(prompts: list[list[int]]) -> Answers:
+    def without_end(tokens: list[int]) -> list[int]:
+        ended = tokens and llama_cpp.llama_vocab_is_eog(model._model.vocab, tokens[-1])
+        return tokens[:-1] if ended else tokens[:TOKENS]
+
+    def call(prompts: list[list[int]]) -> Answers:
+        answers = []
+        for prompt in prompts:
+            model.tokens = []
+            model.create_completion(prompt, max_tokens=TOKENS, temperature=0.0, repeat_penalty=1.0)
+            answers.append(without_end(model.tokens))
+        return answers
+
+    def loop(prompts: list[list[int]]) -> Answers:
         answers = []
         for prompt in prompts:
             tokens: list[int] = []
-            for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            for token in llama_cpp.Llama.generate(model, prompt, temp=0.0, repeat_penalty=1.0):
+                tokens.append(token)
                 if llama_cpp.llama_vocab_is_eog(model._model.vocab, token) or len(tokens) == TOKENS:
                     break
-                tokens.append(token)
-            answers.append(tokens)
+            answers.append(without_end(tokens))
         return answers
 
-    return answer
+    return call, loop
 
 
 def _server_answers(client: httpx.Client, prompts: list[list[int]]) -> Answers:
     def ask(prompt: list[int]) -> list[int]:
         body = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "cache_prompt": True, "return_tokens": True}
         document: dict[str, Any] = client.post("/completion", json=body).raise_for_status().json()
-        return list(document["tokens"])
+        tokens = list(document["tokens"])
+        return tokens[:-1] if document["stop_type"] == "eos" else tokens  # the engine leaves that token out
 
     with ThreadPoolExecutor(PARALLEL) as threads:
         return list(threads.map(ask, prompts))
@@ -184,8 +211,9 @@ def _llama_server(binary: str, gguf: Path, threads: int) -> Iterator[str]:
     settings = {
         "--model": gguf, "--port": port, "--ctx-size": CONTEXT * PARALLEL, "--parallel": PARALLEL, "--threads": threads,
         "--threads-batch": threads, "--flash-attn": "on",
+        "--cache-ram": 0,  # would keep the prompts of the rounds before; what slots hold is kept by both sides
     }  # fmt: skip
-    command = [binary, *(str(part) for pair in settings.items() for part in pair), "--no-repack"]
+    command = [binary, *(str(part) for pair in settings.items() for part in pair)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:

@@ -27,7 +27,6 @@ from finetune_pipeline.inference.errors import (
     RequestRefused,
 )
 from finetune_pipeline.inference.protocol import LOAD_ID, Completion, Delta, EngineInfo, GenerateRequest, ModelSpec
-from finetune_pipeline.inference.threads import SPIN_COUNT
 from finetune_pipeline.records import Message
 
 CLOSE_SECONDS = 5.0
@@ -406,7 +405,6 @@ def child_environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "GGML_NO_BACKTRACE": "1",  # otherwise a failed assertion starts a debugger on its own process
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT)),
     }
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from finetune_pipeline.inference.chat_template import ChatTemplate
 from finetune_pipeline.inference.errors import ModelNotLoaded, RequestRefused
 from finetune_pipeline.inference.protocol import END_TOKENS, EngineInfo, GenerateRequest, ModelSpec
-from finetune_pipeline.inference.threads import Threads, most_threads
+from finetune_pipeline.inference.threads import SMALL_MODEL, Threads, most_threads
 
 BATCH = 512
 """Tokens of one decode. Longer prompts are decoded in several batches, so that running completions wait little."""
@@ -53,6 +53,7 @@ class Batch:
     """Tokens of several sequences for one decode, in memory that numpy can fill.
 
     Attributes:
+        size: most tokens.
         used: number of tokens.
         outputs: number of tokens after which logits are computed.
     """
@@ -77,11 +78,6 @@ class Batch:
             seq_id=self._seq_id_pointers,
             logits=self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
-
-    @property
-    def free(self) -> int:
-        """Number of tokens that still fit."""
-        return self.size - self.used
 
     def clear(self) -> None:
         """Remove all tokens."""
@@ -116,7 +112,8 @@ class NativeVocabulary:
         self._gguf = gguf
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
-        params.use_extra_bufts = False  # repacked weights crash on processors with AMX in some builds
+        # Repacked weights are faster, by default in llama.cpp too, but crash on processors with AMX in some builds.
+        params.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
         params.vocab_only = not weights
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(gguf), params)
         if not self._model:
@@ -124,6 +121,7 @@ class NativeVocabulary:
         self.vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self._token_bytes: dict[int, bytes] = {}
+        self._ends: dict[int, bool] = {}
 
     def _not_loaded(self, reason: str) -> ModelNotLoaded:
         size = self._gguf.stat().st_size / 1e6
@@ -240,11 +238,13 @@ class NativeVocabulary:
 
         These are the tokens that llama.cpp stops at, and those that the export found in the base model.
         """
-        if token in self._listed_ends:
-            return True
-        if not llama_cpp.llama_vocab_is_eog(self.vocab, token):
-            return False
-        return self.eos is not None or token != llama_cpp.llama_vocab_eos(self.vocab)
+        found = self._ends.get(token)
+        if found is None:
+            found = token in self._listed_ends
+            if not found and llama_cpp.llama_vocab_is_eog(self.vocab, token):
+                found = self.eos is not None or token != llama_cpp.llama_vocab_eos(self.vocab)
+            self._ends[token] = found
+        return found
 
     @cached_property
     def end_tokens(self) -> list[int]:
@@ -280,13 +280,15 @@ class NativeModel(NativeVocabulary):
         super().__init__(spec.gguf, weights=True)
         self._spec = spec
         self.context = min(spec.context, llama_cpp.llama_model_n_ctx_train(self._model) or spec.context)
-        most = spec.threads or most_threads(llama_cpp.llama_model_n_params(self._model))
-        self.threads = Threads(most, fixed=spec.fixed_threads)
+        self.threads = Threads(spec.threads or most_threads(), fixed=spec.fixed_threads)
+        small = llama_cpp.llama_model_n_params(self._model) < SMALL_MODEL
+        self._alone = 1 if small and not spec.threads else None  # threads for a single token; None: as for several
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = self.context * spec.parallel
         params.n_seq_max = spec.parallel
         params.n_batch = params.n_ubatch = BATCH
-        params.n_threads = params.n_threads_batch = self.threads.most
+        params.n_threads = self._alone or self.threads.most
+        params.n_threads_batch = self.threads.most
         # Fixed, not `auto`: it changes the last digits of the logits, which must be the same on every machine.
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         # Each sequence has its own KV cache: faster than one buffer for all (2,100 against 1,400 to 2,000 tokens/s with
@@ -356,7 +358,7 @@ class NativeModel(NativeVocabulary):
         """Decode a batch and return a row of logits for each output in it; valid until the next decode."""
         before = self.threads.now
         if self.threads.update() != before:
-            llama_cpp.llama_set_n_threads(self._context, self.threads.now, self.threads.now)
+            llama_cpp.llama_set_n_threads(self._context, self._alone or self.threads.now, self.threads.now)
         code = llama_cpp.llama_decode(self._context, batch.native)
         if code != 0:  # impossible while every sequence fits into its context
             raise RuntimeError(f"llama_decode returned {code} for {batch.used} tokens")

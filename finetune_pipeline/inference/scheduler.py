@@ -41,6 +41,7 @@ class QueuedRequest:
     request: GenerateRequest
     prompt: list[int]
     matcher: "Future[Matcher] | None" = None
+    stream: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Slot:
     Attributes:
         id: of the request.
         seq_id: number of the sequence in the KV cache.
+        stream: text deltas are reported.
         with_tokens: deltas carry their tokens.
         top: number of most probable tokens to report at each position.
         score: the prompt's tokens are scored.
@@ -80,6 +82,7 @@ class Slot:
     sampler: TokenSampler
     text: CompletionText
     started: float
+    stream: bool
     with_tokens: bool
     top: int
     score: bool
@@ -142,15 +145,25 @@ class Scheduler:
         return not self._running and not self._queue
 
     def add(
-        self, id: int, request: GenerateRequest, prompt: list[int], matcher: "Future[Matcher] | None" = None
+        self,
+        id: int,
+        request: GenerateRequest,
+        prompt: list[int],
+        matcher: "Future[Matcher] | None" = None,
+        *,
+        stream: bool = True,
     ) -> None:
-        """Queue a request with its tokenized prompt; it takes no slot before its schema is compiled."""
+        """Queue a request with its tokenized prompt; it takes no slot before its schema is compiled.
+
+        Args:
+            stream: report text deltas; a completion without them takes a third less of Python's time.
+        """
         if not prompt:
             self._report(id, RequestRefused("The prompt has no tokens; give at least one character."))
         elif len(prompt) >= self._model.context:
             self._report(id, context_exceeded(self._model.context, f"{len(prompt)} tokens"))
         else:
-            self._queue.append(QueuedRequest(id, request, prompt, matcher))
+            self._queue.append(QueuedRequest(id, request, prompt, matcher, stream))
 
     def swap(self, id: int, adapter: Path | None) -> None:
         """Queue a change of adapter: requests before it use the old adapter, requests after it the new one.
@@ -184,15 +197,21 @@ class Scheduler:
             else:
                 self._start(item)
         waiting = {slot.id for slot in self._running.values() if slot.fresh and self._waits_for_prefix(slot)}
+        parts: list[tuple[Slot, list[int], int]] = []
         self._batch.clear()
-        outputs = []
+        free = self._batch.size
         # Completions before prompts: they add one token each, and somebody is reading them.
         for slot in sorted(self._running.values(), key=lambda slot: slot.decoded < len(slot.prompt)):
-            tokens = slot.next_tokens(self._batch.free)
+            tokens = slot.next_tokens(free)
             if not tokens or slot.id in waiting:
                 continue
+            free -= len(tokens)
             scored = slot.score and slot.decoded < len(slot.prompt)
             rows = len(tokens) if scored else int(slot.decoded + len(tokens) >= len(slot.prompt))
+            parts.append((slot, tokens, rows))
+        # In the order of the sequences: llama.cpp computes only neighbors with ascending numbers together.
+        outputs = []
+        for slot, tokens, rows in sorted(parts, key=lambda part: part[0].seq_id):
             self._batch.add(slot.seq_id, slot.decoded, tokens, rows)
             slot.decoded += len(tokens)
             if rows:
@@ -235,6 +254,7 @@ class Scheduler:
             sampler=sampler,
             text=CompletionText(request.stop, strip_space=strip_space),
             started=time.perf_counter(),
+            stream=item.stream,
             with_tokens=request.logprobs,
             top=request.top_logprobs,
             score=request.score_prompt,
@@ -361,7 +381,7 @@ class Scheduler:
         self._report(slot.id, completion)
 
     def _report_delta(self, slot: Slot, text: str) -> None:
-        if not text:
+        if not text or not slot.stream:
             return
         if not slot.with_tokens:
             self._report(slot.id, Delta(text=text))

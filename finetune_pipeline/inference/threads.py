@@ -12,22 +12,14 @@ from contextlib import suppress
 import psutil
 
 SMALL_MODEL = 100_000_000
-"""Models with fewer parameters use one thread: synchronization would cost more than the computation."""
-
-SPIN_COUNT = 1000
-"""How often a thread polls before it sleeps (GOMP_SPINCOUNT of libgomp).
-
-libgomp's default of 300,000 takes CPU time from the thread that it waits for when there are fewer free cores than
-threads. Its PASSIVE policy sleeps at once, and waking up halves the speed when there are enough cores.
-"""
+"""Models with fewer parameters compute a single token with one thread: synchronization would cost more than the
+computation. Several tokens, of a prompt or of several requests, are worth it for them too."""
 
 MEASURE_SECONDS = 0.25
 
 
-def most_threads(n_params: int) -> int:
-    """Return 1 for a small model, for others the number of physical cores that this process may use."""
-    if n_params < SMALL_MODEL:
-        return 1
+def most_threads() -> int:
+    """Return the number of physical cores that this process may use."""
     return max(1, min(psutil.cpu_count(logical=False) or len(available_cores()), len(available_cores())))
 
 

@@ -61,7 +61,6 @@ class Worker:
         self._last_sent = 0.0
         self._grammars = GrammarCompiler(model, lambda: self._commands.put({"op": "wake"}))
         self._scheduler = Scheduler(model, spec.parallel, self._report)
-        self._streamed: set[int] = set()
         commands.report_current = lambda: self._send({"current": self._scheduler.sampling_for})
 
     def run(self) -> None:
@@ -94,7 +93,6 @@ class Worker:
             match command["op"]:
                 case "cancel":
                     self._scheduler.cancel(id)
-                    self._streamed.discard(id)
                 case "render":
                     self._send({"id": id, "result": self._model.template.render(command["messages"]).text})
                 case "encode":
@@ -105,11 +103,9 @@ class Worker:
                     self._scheduler.swap(id, Path(command["adapter"]) if command["adapter"] else None)
                 case "generate":
                     request = GenerateRequest.model_validate(command["request"])
-                    if command["stream"]:
-                        self._streamed.add(id)
                     schema = request.json_schema
                     matcher = self._grammars.matcher(schema) if schema is not None else None
-                    self._scheduler.add(id, request, self._prompt_tokens(request), matcher)
+                    self._scheduler.add(id, request, self._prompt_tokens(request), matcher, stream=command["stream"])
         except EngineError as error:
             self._send({"id": id, "error": type(error).__name__, "message": str(error)})
 
@@ -133,11 +129,8 @@ class Worker:
 
     def _report(self, id: int, output: Output) -> None:
         if isinstance(output, Delta):
-            if id in self._streamed:
-                self._send({"id": id, "delta": output.model_dump(mode="json", exclude_defaults=True)})
-            return
-        self._streamed.discard(id)
-        if isinstance(output, Completion):
+            self._send({"id": id, "delta": output.model_dump(mode="json", exclude_defaults=True)})
+        elif isinstance(output, Completion):
             self._send({"id": id, "result": output.model_dump(mode="json")})
         elif isinstance(output, AdapterSwap):
             self._send({"id": id, "result": None, "adapter": str(output.adapter.path) if output.adapter else None})
