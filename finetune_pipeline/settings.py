@@ -1407,6 +1407,17 @@ class LoopSettings(Settings):
     export: ExportSettings = ExportSettings()
     evaluation: EvaluationSettings
     gate: GateSettings = GateSettings()
+    approval: Literal["none", "required"] = Field(
+        default="none",
+        description="required: a challenger that the gate accepts waits for `finetune model approve`; see "
+        "docs/how-to/approve.md.",
+    )
+    approval_days: float | None = Field(
+        default=None,
+        gt=0,
+        le=36_500,
+        description="Days after which a challenger can no longer be approved; default: never.",
+    )
     trigger: TriggerSettings = TriggerSettings()
     serving: ServingSettings = ServingSettings()
     deploy: DeploySettings = DeploySettings()

@@ -15,7 +15,7 @@ from finetune_pipeline.settings import LoopSettings, with_loop
     "name",
     default="champion",
     show_default=True,
-    help="champion, previous, base, or a version such as v1.2.0.",
+    help="champion, previous, base, a version such as v1.2.0, or the first digits of a challenger's SHA-256.",
 )
 @click.option("--compare", is_flag=True, help="Print the base model's answer too. Neither answer is recorded.")
 @click.option("--record/--no-record", default=True, show_default=True, help="Record the interaction, for feedback.")
@@ -55,13 +55,13 @@ def ask(prompt: str, name: str, compare: bool, record: bool, user: str | None, l
 
 
 def find_model(loop: LoopSettings, name: str) -> tuple[str, ModelSpec]:
-    """Return the full name and the files of champion, previous, base or a version; export the base if necessary."""
+    """Return the full name and the files of a version, a challenger or the base; export the base if necessary."""
     from finetune_pipeline.database import connect
     from finetune_pipeline.export.base_gguf import base_gguf
-    from finetune_pipeline.registry.champion import resolve
+    from finetune_pipeline.pipeline.challengers import find_trained
     from finetune_pipeline.registry.model_versions import check_files
 
-    version = resolve(connect(), name, loop.name)
+    version = find_trained(connect(), name, loop.name)
     if version is not None:
         check_files(version, again=False)
         return version.name, ModelSpec(gguf=version.gguf_path, adapter=version.adapter_path)

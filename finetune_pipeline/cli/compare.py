@@ -33,8 +33,8 @@ def compare(
 ) -> None:
     """Compare model B with model A on the loop's benchmark.
 
-    A and B are versions (aec_parser@v1.2.0, champion, previous, base), paths of GGUF files, or models behind
-    OpenAI-compatible servers (http://localhost:8000/v1#model-name).
+    A and B are versions (aec_parser@v1.2.0, champion, previous, base), challengers (the first digits of their SHA-256),
+    paths of GGUF files, or models behind OpenAI-compatible servers (http://localhost:8000/v1#model-name).
 
     Answers of files are reused by their hash; a server is asked each time. The comparison is recorded with wins,
     losses and ties, has an HTML report, and promotes nothing.

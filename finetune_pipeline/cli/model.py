@@ -1,4 +1,4 @@
-"""`finetune model`: list, show, switch, roll back and clean up model versions."""
+"""`finetune model`: list, show, switch, roll back and clean up model versions; see `cli.decide` for the others."""
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -7,27 +7,40 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from finetune_pipeline.cli.decide import approve, archive, promote, reject, unarchive
 from finetune_pipeline.cli.deploy import follow_champion
 from finetune_pipeline.cli.options import UNLIMITED, actor, json_option, loop_option, print_json
 from finetune_pipeline.settings import LoopSettings
 
 if TYPE_CHECKING:
     from finetune_pipeline.database import Database
+    from finetune_pipeline.pipeline.challengers import Challenger
     from finetune_pipeline.registry.garbage_collection import RetentionDecision
-    from finetune_pipeline.registry.model_versions import ModelVersion
+    from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion
 
 
 @click.group()
 def model() -> None:
-    """List, show, switch, roll back and clean up model versions."""
+    """List, show, approve, switch, roll back and clean up model versions."""
+
+
+for command in (approve, reject, promote, archive, unarchive):
+    model.add_command(command)
 
 
 @model.command("list")
+@click.option("--all", "everything", is_flag=True, help="List archived versions and all challengers too.")
 @json_option
 @loop_option
-def list_(loop: LoopSettings, as_json: bool) -> None:
-    """List the model versions, newest first; * marks the champion."""
+def list_(loop: LoopSettings, everything: bool, as_json: bool) -> None:
+    """List the model versions, newest first; * marks the champion.
+
+    Challengers, which were never promoted, are named by the beginning of their SHA-256. Without --all, only those that
+    wait for approval are listed. JSON has all models.
+    """
     from finetune_pipeline.database import connect
+    from finetune_pipeline.pipeline.approval import pending_approval
+    from finetune_pipeline.pipeline.challengers import list_challengers
     from finetune_pipeline.registry.champion import champion
     from finetune_pipeline.registry.deployment_history import deployment_stack, list_deployments
     from finetune_pipeline.registry.model_versions import list_models
@@ -37,13 +50,33 @@ def list_(loop: LoopSettings, as_json: bool) -> None:
     stack = deployment_stack(list_deployments(database, loop.name))
     if as_json:
         models = [{**one.model_dump(), "name": one.name} for one in list_models(database, loop.name)]
-        print_json({"champion": serving.name if serving else f"{loop.name}@base", "models": models})
+        champion_name = serving.name if serving else f"{loop.name}@base"
+        others = [_challenger_json(one) for one in list_challengers(database, loop.name)]
+        print_json({"champion": champion_name, "models": models, "challengers": others})
         return
+    pending = pending_approval(loop, database)
     states = dict.fromkeys(stack[-2:-1], "previous") | {serving.id if serving else None: "champion"}
     table = Table(box=None, pad_edge=False)
     for heading in ("", "model", "accuracy", "latency", "size", "deployed (UTC)", ""):
         table.add_column(heading, no_wrap=True)
+    for challenger in list_challengers(database, loop.name):
+        waits = pending is not None and pending.approval.challenger_sha256 == challenger.sha256
+        if not waits and not everything:
+            continue
+        accuracy, milliseconds = challenger.scores.get("accuracy"), challenger.scores.get("latency_p50_ms")
+        table.add_row(
+            "",
+            challenger.name,
+            f"{accuracy:.1%}" if accuracy is not None else "",
+            f"{milliseconds:,.0f} ms" if milliseconds is not None else "",
+            f"{sum(file.size for file in challenger.gguf.manifest.files.values()) / 1e6:,.1f} MB",
+            "",
+            pending.state if pending and waits else challenger.verdict,
+        )
     for version in list_models(database, loop.name):
+        if version.archived_at and not everything:
+            continue
+        marks = [states.get(version.id, ""), "archived" if version.archived_at else ""]
         latency = f"{version.latency_ms:,.0f} ms" if version.latency_ms is not None else ""
         table.add_row(
             "*" if serving and version.id == serving.id else "",
@@ -52,10 +85,24 @@ def list_(loop: LoopSettings, as_json: bool) -> None:
             latency or ("machine busy" if "speed_flag" in version.scores else ""),
             f"{version.size_bytes / 1e6:,.1f} MB" if version.size_bytes is not None else "",
             f"{version.deployed_at:%Y-%m-%d %H:%M}" if version.deployed_at else "",
-            " ".join(filter(None, [states.get(version.id, ""), "deleted" if version.deleted_at else ""])),
+            " ".join(filter(None, [*marks, "deleted" if version.deleted_at else ""])),
         )
     table.add_row("" if serving else "*", f"{loop.name}@base", "", "", "", "", states.get(None, ""))
     Console(width=UNLIMITED).print(table)
+
+
+def _challenger_json(challenger: "Challenger") -> dict[str, Any]:
+    compared = challenger.comparison
+    return {
+        "name": challenger.name,
+        "sha256": challenger.sha256,
+        "verdict": challenger.verdict,
+        "reason": compared.reason if compared else None,
+        "report_path": compared.report_path if compared else None,
+        "gguf_model": challenger.gguf.manifest.version,
+        "scores": challenger.scores,
+        "created_at": challenger.created_at,
+    }
 
 
 @model.command()
@@ -64,16 +111,17 @@ def list_(loop: LoopSettings, as_json: bool) -> None:
 @json_option
 @loop_option
 def show(version: str, card: bool, loop: LoopSettings, as_json: bool) -> None:
-    """Show VERSION (default: the champion) in detail.
+    """Show VERSION (default: the champion), or the challenger with this SHA-256, in detail.
 
     Lists its files, scores, lineage, training run and report.
     """
     from finetune_pipeline.database import connect
+    from finetune_pipeline.pipeline.challengers import find_trained
     from finetune_pipeline.pipeline.lineage import card as card_of
-    from finetune_pipeline.registry.champion import resolve
+    from finetune_pipeline.registry.model_versions import ModelVersion
 
     database = connect()
-    found = resolve(database, _version_of(database, loop, version), loop.name)
+    found = find_trained(database, _version_of(database, loop, version), loop.name)
     if card and as_json:
         raise click.UsageError("--card prints Markdown; leave out --json")
     if as_json:
@@ -81,15 +129,20 @@ def show(version: str, card: bool, loop: LoopSettings, as_json: bool) -> None:
         print_json({**found.model_dump(), "name": found.name} if found else base)
     elif found is None:
         click.echo(f"{loop.name}@base: the base model {loop.base_model}")
-    elif card:
+    elif card and isinstance(found, ModelVersion):
         click.echo(card_of(database, loop, found), nl=False)
+    elif card:
+        report = found.report_path
+        raise click.ClickException(f"{found.name} has no model card before its promotion; its report is {report}")
     else:
         click.echo(click.style(found.name, bold=True))
         for name, value in _details(database, found):
             click.echo(f"  {name:<9} {value}")
 
 
-def _details(database: "Database", found: "ModelVersion") -> Iterator[tuple[str, str]]:
+def _details(database: "Database", found: "CandidateModel") -> Iterator[tuple[str, str]]:
+    from finetune_pipeline.pipeline.challengers import find_challenger
+    from finetune_pipeline.registry.model_versions import ModelVersion
     from finetune_pipeline.registry.trainings import find_training
 
     yield "GGUF", f"{found.gguf_path}"
@@ -98,13 +151,18 @@ def _details(database: "Database", found: "ModelVersion") -> Iterator[tuple[str,
         yield "adapter", f"{found.adapter_path}"
         yield "SHA-256", f"{found.adapter_sha256}"
     yield "report", f"{found.report_path}"
-    yield "promoted", f"{found.created_at:%Y-%m-%d %H:%M} UTC, {found.mode} training"
-    for name in ("deployed", "retired", "deleted"):
-        moment = getattr(found, f"{name}_at")
-        if moment:
-            yield name, f"{moment:%Y-%m-%d %H:%M} UTC"
-    if found.size_bytes is not None:
-        yield "size", f"{found.size_bytes / 1e6:,.1f} MB"
+    if isinstance(found, ModelVersion):
+        yield "promoted", f"{found.created_at:%Y-%m-%d %H:%M} UTC, {found.mode} training"
+        for name in ("deployed", "retired", "archived", "deleted"):
+            moment = getattr(found, f"{name}_at")
+            if moment:
+                yield name, f"{moment:%Y-%m-%d %H:%M} UTC"
+        if found.size_bytes is not None:
+            yield "size", f"{found.size_bytes / 1e6:,.1f} MB"
+    else:
+        challenger = find_challenger(database, found.id, found.loop)
+        reason = challenger.comparison.reason.replace("\n", "; ") if challenger.comparison else ""
+        yield "verdict", f"{challenger.verdict}: {reason}".removesuffix(": ")
     groups: dict[str, dict[str, Any]] = {"scores": found.scores, "lineage": found.lineage}
     training = find_training(database, found.loop, found.lineage.get("lora_adapter", ""))
     if training:
@@ -200,29 +258,30 @@ def _name(version: "ModelVersion | None", loop: LoopSettings) -> str:
 @json_option
 @loop_option
 def history(loop: LoopSettings, as_json: bool) -> None:
-    """Show all deployments of the loop, oldest first."""
+    """Show all deployments of the loop, and what people decided about its models, oldest first.
+
+    promote: the gate accepted the model. approve: a person did so too. force: a person overruled the gate. switch,
+    rollback: a person chose an earlier version. reject, archive and unarchive do not change the champion.
+    """
     from finetune_pipeline.database import connect
-    from finetune_pipeline.registry.deployment_history import list_deployments
+    from finetune_pipeline.registry.deployment_history import list_history
     from finetune_pipeline.registry.model_versions import list_models
 
     database = connect()
-    names = {version.id: version.name for version in list_models(database, loop.name)}
+    versions = {version.id: version.name for version in list_models(database, loop.name)}
+    rows = list_history(database, loop.name)
+    names = {one.model_id: versions.get(one.model_id or "", f"{loop.name}@{one.model_id or 'base'}") for one in rows}
     if as_json:
-        deployments = list_deployments(database, loop.name)
-        print_json(
-            [{**one.model_dump(), "model": names.get(one.model_id or "", f"{loop.name}@base")} for one in deployments]
-        )
+        print_json([{**one.model_dump(), "model": names[one.model_id]} for one in rows])
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("time (UTC)", "action", "model", "actor", "reason"):
         table.add_column(heading, overflow="fold")
-    deployments = list_deployments(database, loop.name)
-    if not deployments:
+    if not rows:
         click.echo(f"loop {loop.name} has no deployments yet; the base model serves")
         return
-    for one in deployments:
-        name = names.get(one.model_id or "", f"{loop.name}@base")
-        table.add_row(f"{one.created_at:%Y-%m-%d %H:%M}", one.action, name, one.actor, one.reason)
+    for one in rows:
+        table.add_row(f"{one.created_at:%Y-%m-%d %H:%M}", one.action, names[one.model_id], one.actor, one.reason)
     Console().print(table)
 
 
@@ -239,7 +298,7 @@ def gc(keep: int | None, dry_run: bool, yes: bool, loop: LoopSettings, as_json: 
 
     These are old versions, their merged weights, rejected challengers and old base models. The champion, the previous
     model, the models of the newest deployments and everything in progress are kept. History and metrics stay in the
-    database.
+    database; deleted versions are archived.
     """
     from finetune_pipeline.database import connect
     from finetune_pipeline.export.base import base_hash, resolve_base_model
@@ -267,7 +326,7 @@ def gc(keep: int | None, dry_run: bool, yes: bool, loop: LoopSettings, as_json: 
         return
     if not yes:
         click.confirm(f"delete {what}?", abort=True)
-    deleted = delete_models(database, loop, base, kept, [one.folder.path for one in to_delete])
+    deleted = delete_models(database, loop, base, kept, [one.folder.path for one in to_delete], actor())
     click.echo(f"deleted {len(deleted)} of {len(decisions)} folders, {_megabytes(deleted)}")
     if len(deleted) < len(to_delete):
         click.echo(f"kept {len(to_delete) - len(deleted)} folders that are in use by now")

@@ -102,6 +102,8 @@ def _lines(loop: LoopSettings, state: "LoopStatus", automation: "AutomationState
         yield "", f"{count:,} more {'does' if count == 1 else 'do'} not count: {reason}"
     yield "runs", _automation(loop, automation)
     yield "champion", state.champion or "the base model"
+    if state.approval:
+        yield "approval", state.approval.summary
     if state.targets:
         others = [one for one in state.targets if one.state != "active"]
         active = f"{len(state.targets) - len(others)} of {counted(len(state.targets), 'target')} serve it"

@@ -274,6 +274,7 @@ model_versions = sa.Table(
     sa.Column("deployed_at", Timestamp, comment="Deployment: when it last became champion."),
     sa.Column("retired_at", Timestamp, comment="When it last ceased to be champion; null while it is champion."),
     sa.Column("deleted_at", Timestamp, comment="When its files were deleted."),
+    sa.Column("archived_at", Timestamp, comment="When it was hidden from lists; null if it is shown."),
     sa.Column("report_path", sa.Text, nullable=False),
     sa.Column("created_at", Timestamp, nullable=False),
     sa.UniqueConstraint("loop", "major", "minor", "patch"),
@@ -292,7 +293,12 @@ deployment_history = sa.Table(
     metadata,
     sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("loop", sa.String(60), nullable=False),
-    sa.Column("action", sa.String(20), nullable=False, comment="promote, switch, rollback or force."),
+    sa.Column(
+        "action",
+        sa.String(20),
+        nullable=False,
+        comment="promote, approve, force, switch, rollback; reject, archive, unarchive do not change the champion.",
+    ),
     sa.Column("model_id", sa.String(64)),
     sa.Column("previous_id", sa.String(64)),
     sa.Column("actor", sa.String(200), nullable=False),
@@ -329,6 +335,28 @@ comparisons = sa.Table(
     sa.Column("losses", sa.Integer, comment="Questions in which it is lower."),
     sa.Column("ties", sa.Integer, comment="Questions in which it is equal."),
     sa.Index(None, "loop", "watermark"),
+)
+
+approvals = sa.Table(
+    "approvals",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("comparison_id", sa.String(64), primary_key=True),
+    sa.Column("challenger_sha256", sa.String(64), nullable=False),
+    sa.Column("gguf_version", sa.String(64), nullable=False, comment="Version of gguf_model, whose files are kept."),
+    sa.Column(
+        "hashes",
+        sa.JSON,
+        nullable=False,
+        comment="What the approval is for: dataset, adapter, gguf, report, settings, benchmark -> hash.",
+    ),
+    sa.Column("state", sa.String(20), nullable=False, comment="waiting, approved, rejected or void."),
+    sa.Column("actor", sa.String(200), comment="Who approved or rejected; null otherwise."),
+    sa.Column("reason", sa.Text, nullable=False, comment="Of the approval or rejection, or why it is void."),
+    sa.Column("requested_at", Timestamp, nullable=False),
+    sa.Column("expires_at", Timestamp, comment="Null: never."),
+    sa.Column("decided_at", Timestamp),
+    comment="Challengers that wait, or waited, for the approval of a person (approval: required).",
 )
 
 manual_comparisons = sa.Table(

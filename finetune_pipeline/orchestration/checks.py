@@ -29,6 +29,9 @@ from finetune_pipeline.validation_messages import without_values
 CHECKS_STEP = "_checks"
 """End of the name of a step that only runs the checks of an asset."""
 
+APPROVED = "approved"
+"""Name of the check that a person approved the challenger. Until then it is not passed, which is no fault."""
+
 
 def check_specs(loop: LoopSettings, stage: str) -> list[dg.AssetCheckSpec]:
     """Return the specs of the checks of an asset."""
@@ -58,9 +61,10 @@ def check_specs(loop: LoopSettings, stage: str) -> list[dg.AssetCheckSpec]:
             "fixed_corrections_held": "Not significantly more than "
             f"{loop.gate.regression_tolerance:.0%} of the corrections that promotions fixed are broken.",
         },
-        PromotionManifest.stage: {"deployed": "Every deployment target serves the champion."}
-        if loop.deploy.followers
-        else {},
+        PromotionManifest.stage: {
+            **({APPROVED: "A person approved the challenger."} if loop.approval == "required" else {}),
+            **({"deployed": "Every deployment target serves the champion."} if loop.deploy.followers else {}),
+        },
     }[stage]
     blocking = {*DatasetManifest.blocking_checks, *GgufManifest.blocking_checks}
     if loop.gate.on_reject == "fail":

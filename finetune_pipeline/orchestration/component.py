@@ -11,6 +11,7 @@ from finetune_pipeline.orchestration.checks import curated_dataset_checks, eval_
 from finetune_pipeline.orchestration.curated_dataset import curated_dataset_asset
 from finetune_pipeline.orchestration.eval_report import eval_report_asset
 from finetune_pipeline.orchestration.gguf_model import gguf_model_asset
+from finetune_pipeline.orchestration.history import history_sensor
 from finetune_pipeline.orchestration.lora_adapter import lora_adapter_asset
 from finetune_pipeline.orchestration.promoted_model import promoted_model_asset
 from finetune_pipeline.orchestration.raw_logs import raw_logs_asset
@@ -54,7 +55,8 @@ def loop_definitions(loop: LoopSettings) -> dg.Definitions:
         promoted_model_asset(loop),
     ]
     checks = [curated_dataset_checks(loop), eval_report_checks(loop)]
+    sensors = [alert_sensor(loop), history_sensor(loop)]
     return dg.Definitions.merge(
-        dg.Definitions(assets=assets, asset_checks=checks, sensors=[alert_sensor(loop)], resources=resources()),
+        dg.Definitions(assets=assets, asset_checks=checks, sensors=sensors, resources=resources()),
         automation(loop),
     )

@@ -10,10 +10,12 @@ from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.database import connect
 from finetune_pipeline.deployment.target_state import TargetState
 from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
-from finetune_pipeline.orchestration.checks import check_specs
+from finetune_pipeline.orchestration.checks import APPROVED, check_specs
 from finetune_pipeline.orchestration.resources import loop_asset, materialized, percent
+from finetune_pipeline.pipeline.approval import name_of, pending_approval
 from finetune_pipeline.pipeline.deploy import deployment_states, reconcile
-from finetune_pipeline.pipeline.promote import NotPromoted, promote_challenger
+from finetune_pipeline.pipeline.promote import NotApproved, NotPromoted, promote_challenger
+from finetune_pipeline.registry.approvals import Approval, find_approval
 from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.validation_messages import without_values
@@ -48,6 +50,9 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         report was written, so materialize eval_report again. With `gate.on_reject: keep_champion` a rejected challenger
         does not fail the run.
 
+        With `approval: required` the run ends with the check `approved` yellow: the challenger waits for
+        `finetune model approve`, which promotes it at once; see docs/how-to/approve.md.
+
         Then each deployment target is brought to it. One that cannot be reached, or that serves it differently, makes
         the check `deployed` yellow and is tried again later; see docs/how-to/deploy.md.
         """
@@ -56,6 +61,11 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             if loop.gate.on_reject == "fail":
                 raise dg.Failure(result.reason, allow_retries=False)
             context.log.info(f"{result.reason}; the champion stays")
+            yield from _approved(loop, None)
+            yield from _deployed(deployment_states(loop, connect()))
+            return
+        if isinstance(result, NotApproved):
+            yield from _approved(loop, result.approval)
             yield from _deployed(deployment_states(loop, connect()))
             return
         model = result.model
@@ -73,6 +83,7 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             "reason": verdict.reason,
         }
         yield materialized(result.artifact, metadata)
+        yield from _approved(loop, find_approval(connect(), loop.name, eval_report.manifest.comparison_id))
         if loop.deploy.followers:  # after the promotion was recorded: an upload may take long, and be killed
             # Errors of a comparison quote prompts and answers, which must not enter Dagster's database.
             states = reconcile(loop, lambda line: context.log.info(without_values(line)))
@@ -81,6 +92,28 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             yield from _deployed(states)
 
     return promoted_model
+
+
+def _approved(loop: LoopSettings, approval: Approval | None) -> Iterator[dg.AssetCheckResult]:
+    """Yield the result of the check `approved`, if the loop needs approvals; None: nobody had to be asked."""
+    if loop.approval == "required":
+        pending = pending_approval(loop, connect())
+        if approval is None:
+            description, metadata = "nothing waits for approval", {}
+        elif approval.state == "waiting" and pending:
+            description = f"waiting for approval: {pending.summary}"
+            metadata = {"challenger": pending.name, "approve with": pending.command, "verdict": pending.reason}
+        else:
+            by = f" by {approval.actor}" if approval.actor else ""
+            description = f"{name_of(approval)} {approval.state}{by}: {approval.reason}"
+            metadata = {"challenger": name_of(approval)}
+        yield dg.AssetCheckResult(
+            check_name=APPROVED,
+            passed=approval is None or approval.state == "approved",
+            severity=dg.AssetCheckSeverity.WARN,
+            description=description,
+            metadata=metadata,
+        )
 
 
 def _deployed(states: Sequence[TargetState]) -> Iterator[dg.AssetCheckResult]:

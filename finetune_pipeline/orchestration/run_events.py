@@ -8,7 +8,7 @@ import click
 import dagster as dg
 from dagster import DagsterEventType as Kind
 
-from finetune_pipeline.orchestration.checks import CHECKS_STEP
+from finetune_pipeline.orchestration.checks import APPROVED, CHECKS_STEP
 
 if TYPE_CHECKING:
     from dagster_shared.error import SerializableErrorInfo
@@ -120,6 +120,8 @@ class RunEvents:
                 check = event.asset_check_evaluation_data
                 if check.passed:
                     result = click.style("passed", fg="green")
+                elif check.check_name == APPROVED:
+                    result = click.style("not passed yet", fg="yellow")
                 elif check.severity == dg.AssetCheckSeverity.ERROR:
                     result = click.style("failed", fg="red")
                     # The numbers are in the first line of the check itself, which was just shown.
@@ -130,7 +132,7 @@ class RunEvents:
                 else:
                     result = click.style("failed (warning, does not block)", fg="yellow")
                 description = f": {check.description}" if check.description else ""
-                if not check.passed and check.severity == dg.AssetCheckSeverity.WARN:
+                if not check.passed and check.severity == dg.AssetCheckSeverity.WARN and check.check_name != APPROVED:
                     self.warnings.append(f"check {check.check_name} of {name} failed{description}")
                 return f"{step} check {check.check_name} {result}{description}"
             case Kind.RUN_FAILURE if not self._step_failed:  # for example, the executor failed

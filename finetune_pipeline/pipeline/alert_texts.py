@@ -9,14 +9,14 @@ from finetune_pipeline.artifacts import ArtifactError, get_latest
 from finetune_pipeline.deployment.target_state import TargetState
 from finetune_pipeline.evaluation.report import HTML
 from finetune_pipeline.manifests import PromotionManifest, ReportManifest
-from finetune_pipeline.pipeline.summary import next_after_verdict
+from finetune_pipeline.pipeline.summary import approval_of, next_after_verdict
 from finetune_pipeline.settings import LoopSettings, with_loop
 from finetune_pipeline.validation_messages import without_values
 from finetune_pipeline.wording import first_line
 
 
 def promotion_or_rejection(loop: LoopSettings, run_id: str, *, judged_before: bool = False) -> Alert | None:
-    """Return the alert about a run's verdict; None if it judged no challenger, or accepted but did not promote it.
+    """Return the alert about a run's verdict; None if it judged no challenger, or its promotion failed.
 
     Args:
         loop: the loop of the run.
@@ -36,6 +36,9 @@ def promotion_or_rejection(loop: LoopSettings, run_id: str, *, judged_before: bo
         undo = with_loop("finetune model rollback", loop)
         text = f"{manifest.reason}\nnext: it serves from now on; undo it with `{undo}`"
         return Alert("promotion", key, f"{promotion.manifest.model} is the champion now", text, link)
+    if pending := approval_of(loop, manifest.comparison_id):
+        text = f"{manifest.reason}\nnext: {pending.summary}"
+        return Alert("approval", key, f"{pending.name} waits for approval", text, link)
     if manifest.promote:
         return None
     inconclusive = manifest.decision == "inconclusive"

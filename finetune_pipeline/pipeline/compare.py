@@ -30,9 +30,10 @@ from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.manifests import Manifest
 from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.pipeline.challengers import find_trained
 from finetune_pipeline.pipeline.evaluate import ProgressLog, comparison_settings, settings_hash
 from finetune_pipeline.pipeline.report_facts import Subject, collect_facts, subject_of
-from finetune_pipeline.registry.champion import BASE, resolve
+from finetune_pipeline.registry.champion import BASE
 from finetune_pipeline.registry.comparisons import ManualComparison, record_manual_comparison
 from finetune_pipeline.registry.model_versions import check_files
 from finetune_pipeline.settings import LoopSettings, UpstreamSettings
@@ -83,8 +84,8 @@ def compare_two(
     Answers of files are reused by hash. Another server is asked each time, since its model may have changed.
 
     Args:
-        first: name of a version (`loop@v1.2.0`, `champion`, `previous`, `base`), path of a GGUF file, or an endpoint
-            (`http://localhost:8000/v1#model`).
+        first: name of a version (`loop@v1.2.0`, `champion`, `previous`, `base`), the first digits of a challenger's
+            SHA-256, path of a GGUF file, or an endpoint (`http://localhost:8000/v1#model`).
         second: the same; wins are its.
         api_key_env: environment variable with the API key of the endpoint.
 
@@ -123,7 +124,7 @@ def compare_two(
 def find_model(
     loop: LoopSettings, database: Database, text: str, log: Callable[[str], None], api_key_env: str | None = None
 ) -> NamedModel:
-    """Return the model that a text names: a version, a GGUF file, or an endpoint.
+    """Return the model that a text names: a version, a challenger, a GGUF file, or an endpoint.
 
     Raises:
         ComparisonError: it is an URL without a model or with a password, or a file that does not exist.
@@ -141,7 +142,7 @@ def find_model(
         raise ComparisonError(
             f"{text} is a model of {of_loop}, and the benchmark is that of {loop.name}; compare models of one loop"
         )
-    version = resolve(database, text, loop.name)
+    version = find_trained(database, text, loop.name)
     if version is None:
         name = f"{loop.name}@{BASE}"
         return NamedModel(Contender(name, ModelSpec(gguf=base_gguf(loop, log))), Subject(name))

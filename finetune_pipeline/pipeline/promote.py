@@ -3,34 +3,47 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune_pipeline.artifacts import (
     Artifact,
     ArtifactError,
+    check_unaltered,
     find_alteration,
     get_or_create,
     hash_file,
     model_sha256,
     package_versions,
+    read,
+    stage_folder,
     version_of,
+    wait_for_lock,
     write_text,
 )
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.gate import Verdict
-from finetune_pipeline.evaluation.metric_table import MetricRow
-from finetune_pipeline.evaluation.report import HTML, JSON, findings_of_report, metrics_of_report
-from finetune_pipeline.manifests import AdapterManifest, GgufManifest, PromotionManifest, ReportManifest
+from finetune_pipeline.evaluation.report import JSON, findings_of_report
+from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.pipeline.approval import (
+    EVALUATE_AGAIN,
+    ask_for_approval,
+    check_actor_and_reason,
+    decide,
+    make_void,
+    rejected,
+)
+from finetune_pipeline.pipeline.challengers import Challenger, candidate_of
 from finetune_pipeline.pipeline.evaluate import ProgressLog, settings_hash
 from finetune_pipeline.pipeline.export import model_spec
 from finetune_pipeline.pipeline.lineage import card
 from finetune_pipeline.pipeline.regression_suite import fixed_corrections
 from finetune_pipeline.pipeline.required_checks import check_passed, check_proven
+from finetune_pipeline.registry.approvals import Approval, ApprovalError
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.model_card import MODEL_CARD
-from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion
+from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError
 from finetune_pipeline.registry.regression_questions import questions_of_model
 from finetune_pipeline.settings import LoopSettings
 
@@ -61,14 +74,23 @@ class NotPromoted:
     reason: str
 
 
+@dataclass(frozen=True)
+class NotApproved:
+    """The gate accepts the challenger, and the champion stays because no person has approved it."""
+
+    approval: Approval
+
+
 def promote_challenger(
     loop: LoopSettings,
     report: Artifact[ReportManifest],
     gguf: Artifact[GgufManifest],
     actor: str,
     log: Callable[[str], None],
-) -> Promotion | NotPromoted:
-    """Make a challenger the champion if the gate accepts it, and write its model card.
+) -> Promotion | NotPromoted | NotApproved:
+    """Make a challenger the champion if the gate accepts it, and a person too if `approval: required`.
+
+    Otherwise ask for the approval; a later call promotes once it is there. The model card is written afterwards.
 
     The corrections that it fixes become questions of the regression suite in the transaction that moves the pointer.
 
@@ -80,41 +102,123 @@ def promote_challenger(
         RequiredChecksError: a blocking check of what the challenger was made from did not pass.
         ChampionChangedError: another process changed the champion at the same time.
         EngineError: the challenger cannot answer the corrections.
+        ApprovalError: the champion changed since the comparison, so nobody is asked.
     """
     verdict = verify_report(loop, report, gguf)
     if not verdict.promote:
         return NotPromoted(f"{NOT_PROMOTED}{verdict.reason}")
-    spec, gguf_manifest = model_spec(gguf), gguf.manifest
-    file_sha256 = gguf_manifest.files[gguf_manifest.gguf].sha256
-    files: dict[str, Any] = {"gguf_path": spec.gguf, "gguf_sha256": file_sha256}
-    if spec.adapter is not None:
-        files |= {"gguf_sha256": gguf_manifest.base_gguf_sha256}
-        files |= {"adapter_path": spec.adapter, "adapter_sha256": file_sha256}
-    candidate = CandidateModel(
-        loop=loop.name,
-        **files,
-        base_hash=gguf_manifest.base_hash,
-        mode=gguf_manifest.mode,
-        lineage={
-            "base_model": gguf_manifest.base_model,
-            AdapterManifest.stage: gguf_manifest.adapter_version,
-            GgufManifest.stage: gguf_manifest.version,
-            ReportManifest.stage: report.manifest.version,
-            "watermark": gguf_manifest.watermark,
-        },
-        scores=scores_of(metrics_of_report(report.path / JSON).rows),
-        report_path=report.path / HTML,
-    )
+    candidate = candidate_of(gguf, report.manifest.version)
     comparison_id, previous_id = report.manifest.comparison_id, report.manifest.champion_id
     reason = verdict.reason.split("\n")[0]
-    serving, fixed = champion(connect(), loop.name), []
-    if serving is None or serving.sha256 != report.manifest.challenger_sha256:  # else an earlier try recorded them
-        fixed = fixed_corrections(loop, gguf, loop_files.scorer(loop), ProgressLog(log))
+    serving = champion(connect(), loop.name)
+    is_new = serving is None or serving.sha256 != report.manifest.challenger_sha256
+    action: Literal["promote", "approve"] = "promote"
+    if loop.approval == "required" and is_new:
+        approval = ask_for_approval(loop, report, gguf)
+        if approval.state != "approved":
+            return NotApproved(approval)
+        action, actor, reason = "approve", approval.actor or actor, f"{approval.reason}; {reason}"
+    # An earlier try that made it the champion recorded them.
+    fixed = fixed_corrections(loop, gguf, loop_files.scorer(loop), ProgressLog(log)) if is_new else []
     model = promote(
-        connect(), candidate, previous_id, actor, reason, comparison_id, config=loop.deploy.config, fixed=fixed
+        connect(), candidate, previous_id, actor, reason, comparison_id, action, loop.deploy.config, fixed=fixed
     )
+    return Promotion(_record(loop, model, report.manifest.version, previous_id), model, verdict)
 
-    inputs = {ReportManifest.stage: report.manifest.version, "gguf": model.sha256}
+
+def approve_challenger(
+    loop: LoopSettings, challenger: Challenger, actor: str, reason: str, log: Callable[[str], None]
+) -> Promotion:
+    """Record that a person approves a challenger that the gate accepted, and make it the champion.
+
+    After a kill between the two, the same call, or the next materialization of promoted_model, does the rest.
+
+    Args:
+        actor: name of the person, for the deployment history.
+
+    Raises:
+        ApprovalError: it was not evaluated, the gate did not accept it, a person rejected it, or its approval is void;
+            the message says what changed.
+        RegistryError: its files differ, or the champion changed at the same time.
+    """
+    check_actor_and_reason("approve", actor, reason)
+    compared = challenger.comparison
+    if compared is None:
+        raise ApprovalError(f"{challenger.name} was not evaluated; materialize eval_report first")
+    if not compared.promote:
+        verdict = compared.reason.replace("\n", "; ")
+        raise ApprovalError(
+            f"{challenger.name} cannot be approved: {challenger.verdict} ({verdict}). To overrule the gate: "
+            f'`finetune model promote {challenger.name} --force --reason "..."`'
+        )
+    try:
+        report = _report_of(challenger)
+        verify_report(loop, report, challenger.gguf)
+    except ArtifactError as error:
+        make_void(loop, compared.id, str(error))
+        raise ApprovalError(f"the approval of {challenger.name} is void: {error}") from error
+    approval = ask_for_approval(loop, report, challenger.gguf)
+    if approval.state == "void":
+        raise ApprovalError(f"the approval of {challenger.name} is void: {approval.reason}; {EVALUATE_AGAIN}")
+    if approval.state == "rejected":
+        raise rejected(approval)
+    decide(loop, approval, "approved", actor, reason)
+    required = loop.model_copy(update={"approval": "required"})  # so that the history names the person in any case
+    result = promote_challenger(required, report, challenger.gguf, actor, log)
+    if not isinstance(result, Promotion):  # somebody rejected it, or it became void, since the decision above
+        reason = result.approval.reason if isinstance(result, NotApproved) else result.reason
+        raise ApprovalError(f"{challenger.name} was not promoted: {reason}")
+    return result
+
+
+def promote_accepted(
+    loop: LoopSettings, challenger: Challenger, actor: str, log: Callable[[str], None]
+) -> Promotion | NotPromoted | NotApproved:
+    """Promote a challenger as the asset promoted_model does, from its newest report.
+
+    Raises:
+        ArtifactError: it was not evaluated, or see `promote_challenger`.
+        ChampionChangedError: another process changed the champion at the same time.
+    """
+    return promote_challenger(loop, _report_of(challenger), challenger.gguf, actor, log)
+
+
+def force_challenger(loop: LoopSettings, challenger: Challenger, actor: str, reason: str) -> ModelVersion:
+    """Make a challenger the champion although the gate or a person did not accept it.
+
+    Its blocking checks must have passed, and its files must be what a run wrote. It replaces whatever serves now.
+
+    Raises:
+        RequiredChecksError: a blocking check of the model or of a dataset that it was trained on did not pass.
+        ArtifactError: it was edited.
+        RegistryError: it was not evaluated, its files differ, or actor or reason is missing.
+    """
+    if challenger.comparison is None:
+        raise RegistryError(
+            f"{challenger.name} was not evaluated, so there is no decision to overrule; materialize eval_report first"
+        )
+    check_unaltered(challenger.gguf)
+    check_proven(challenger.gguf)
+    candidate, serving = candidate_of(challenger.gguf, challenger.comparison.id), champion(connect(), loop.name)
+    previous_id = serving.id if serving else None
+    compared = challenger.comparison.id
+    model = promote(connect(), candidate, previous_id, actor, reason, compared, "force", loop.deploy.config)
+    _record(loop, model, compared, previous_id)
+    return model
+
+
+def _report_of(challenger: Challenger) -> Artifact[ReportManifest]:
+    if challenger.comparison is None:
+        raise ArtifactError(f"{challenger.name} was not evaluated; materialize eval_report first")
+    loop = challenger.gguf.manifest.loop
+    return read(ReportManifest, stage_folder(loop, ReportManifest.stage) / challenger.comparison.id)
+
+
+def _record(
+    loop: LoopSettings, model: ModelVersion, report: str, previous_id: str | None
+) -> Artifact[PromotionManifest]:
+    """Publish the artifact of a promotion, with the model card."""
+    inputs = {ReportManifest.stage: report, "gguf": model.sha256}
 
     def make(folder: Path) -> dict[str, Any]:
         write_text(folder / MODEL_CARD, card(connect(), loop, model))
@@ -130,7 +234,9 @@ def promote_challenger(
         }
 
     version = version_of(inputs, {"model": model.name, "card": MODEL_CARD})
-    return Promotion(get_or_create(PromotionManifest, loop.name, version, make), model, verdict)
+    lock = stage_folder(loop.name, PromotionManifest.stage) / f".record-{version}"
+    with wait_for_lock(lock, "promotion", lambda _: None):  # of two people who approve at once, one waits here
+        return get_or_create(PromotionManifest, loop.name, version, make)
 
 
 def verify_report(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest]) -> Verdict:
@@ -180,10 +286,3 @@ def verify_report(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Ar
     if verdict.promote:
         check_passed(loop.name, ReportManifest, manifest.version, report.sha256)
     return verdict
-
-
-def scores_of(metrics: list[MetricRow]) -> dict[str, Any]:
-    """Return the challenger's metrics for the registry, without speeds that were measured on a busy machine."""
-    scores = {row.key: row.challenger for row in metrics if not row.flag}
-    flag = next((row.flag for row in metrics if row.flag), None)
-    return {**scores, "speed_flag": flag} if flag else scores

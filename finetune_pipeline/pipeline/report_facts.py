@@ -23,7 +23,7 @@ from finetune_pipeline.evaluation.report_facts import (
 from finetune_pipeline.feedback.statistics import UseStatistics, use_statistics
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.registry.champion import BASE
-from finetune_pipeline.registry.model_versions import ModelVersion, list_models
+from finetune_pipeline.registry.model_versions import CandidateModel, list_models
 from finetune_pipeline.training.job import RESULT, TrainingResult
 
 USE_METRICS: tuple[tuple[str, str, bool | None, Unit], ...] = (
@@ -53,8 +53,8 @@ class Subject:
     adapter: str | None = None
 
 
-def subject_of(model: ModelVersion) -> Subject:
-    """Return what the registry knows of a model version."""
+def subject_of(model: CandidateModel) -> Subject:
+    """Return what is known of a model version or challenger."""
     return Subject(served_as=model.name, adapter=model.lineage.get(AdapterManifest.stage))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from finetune_pipeline.database import Database
 from finetune_pipeline.deployment.target_state import TargetState
 from finetune_pipeline.feedback.store import count_low_reward, counters, unmatched_feedback
+from finetune_pipeline.pipeline.approval import PendingApproval, pending_approval
 from finetune_pipeline.pipeline.deploy import deployment_states
 from finetune_pipeline.pipeline.implicit_acceptance import is_in_effect, unaccepted
 from finetune_pipeline.pipeline.pending import find_new
@@ -36,6 +37,7 @@ class LoopStatus:
         new_at_least: there may be more of them than were counted.
         not_counted: reason -> number of new examples that do not count towards the next run.
         champion: name of the model version that serves; None for the base model.
+        approval: the challenger that waits for a person; None if none does.
         targets: where the deployment targets stand.
     """
 
@@ -53,6 +55,7 @@ class LoopStatus:
     new_at_least: bool
     not_counted: Mapping[str, int]
     champion: str | None
+    approval: PendingApproval | None
     targets: tuple[TargetState, ...] = ()
 
 
@@ -92,5 +95,6 @@ def loop_status(loop: LoopSettings, database: Database) -> LoopStatus:
         new_at_least=new.at_least,
         not_counted=not_counted,
         champion=serving.name if serving else None,
+        approval=pending_approval(loop, database),
         targets=tuple(deployment_states(loop, database)),
     )

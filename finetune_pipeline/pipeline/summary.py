@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 from finetune_pipeline.artifacts import get_latest
+from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.report import HTML, JSON, metrics_of_report
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, PromotionManifest, ReportManifest
+from finetune_pipeline.pipeline.approval import PendingApproval, pending_approval
 from finetune_pipeline.settings import LoopSettings, home, with_loop
 from finetune_pipeline.wording import counted
 
@@ -51,12 +53,20 @@ def run_summary(loop: LoopSettings, run_id: str, *, succeeded: bool) -> Iterator
         yield f'next      try it:   {with_loop("finetune ask", loop)} "..."'
         yield "          serve it: finetune serve"
         yield f"          undo it:  {with_loop('finetune model rollback', loop)}"
+    elif report and (pending := approval_of(loop, report.manifest.comparison_id)):
+        yield f"approval  {pending.summary}"
     elif report and not report.manifest.promote:
         yield f"next      {next_after_verdict(report.manifest.decision)}"
     elif not succeeded:
         yield f"next      fix the cause, then `{with_loop('finetune run', loop)}`; finished work is reused"
     elif adapter:
         yield "next      nothing new to promote; log more feedback, then run again"
+
+
+def approval_of(loop: LoopSettings, comparison_id: str) -> PendingApproval | None:
+    """Return the approval that the challenger of a comparison waits for; None if it does not wait."""
+    pending = pending_approval(loop, connect())
+    return pending if pending and pending.approval.comparison_id == comparison_id else None
 
 
 def next_after_verdict(decision: str) -> str:

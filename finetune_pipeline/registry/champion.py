@@ -15,14 +15,17 @@ import sqlalchemy as sa
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.statements import insert_if_absent
 from finetune_pipeline.database.tables import champions, model_versions
-from finetune_pipeline.registry.comparisons import comparison_in
+from finetune_pipeline.registry.approvals import check_approved_in
+from finetune_pipeline.registry.comparisons import ComparisonRecord, comparison_in
 from finetune_pipeline.registry.deployment_history import (
     Action,
+    Deploying,
     deployment_stack,
     deployments_in,
     newest_deployment_in,
     promotions_in,
     record_deployment_in,
+    record_note_in,
 )
 from finetune_pipeline.registry.model_versions import (
     CandidateModel,
@@ -110,7 +113,7 @@ def promote(
     actor: str,
     reason: str,
     comparison_id: str | None,
-    action: Literal["promote", "force"] = "promote",
+    action: Literal["promote", "approve", "force"] = "promote",
     config: Config = None,
     fixed: Sequence[RegressionQuestion] = (),
 ) -> ModelVersion:
@@ -125,26 +128,30 @@ def promote(
         candidate: the GGUF that was evaluated; its files are hashed again.
         expected_champion_id: the champion that it was compared with; None is the base model.
         actor: who promotes.
-        reason: the verdict's reason; for "force", why the gate is overruled.
+        reason: the verdict's reason; for "approve" and "force", that of the person.
         comparison_id: the recorded comparison that justifies the promotion; optional for "force".
-        action: "force" overrules the gate, but still requires the expected champion.
+        action: "approve" requires a person's approval of the comparison too. "force" overrules the gate, but still
+            requires the expected champion.
         config: `deployment_config`, for the history.
         fixed: corrections that the candidate answers correctly, for the regression suite.
 
     Raises:
         ChampionChangedError: the champion changed since the comparison; nothing was changed.
+        ApprovalError: nobody approved the challenger, or the approval is void.
         RegistryError: the file differs from the evaluated one, the comparison is about another model or rejects it, or
             actor, reason or comparison is missing.
     """
     _check_actor_and_reason(action, actor, reason)
-    if action == "promote" and not comparison_id:
+    if action != "force" and not comparison_id:
         raise RegistryError("a promotion needs the comparison that it rests on; evaluate first, or force with a reason")
     check_files(candidate)
     with lock_champion(db, candidate.loop) as locked:
         if locked.current_id != candidate.id and locked.current_id != expected_champion_id:
             raise _changed(locked.connection, candidate.loop, expected_champion_id)
-        if action == "promote" and locked.current_id != candidate.id:
-            _check_justified(locked.connection, candidate, comparison_id or "")
+        if action != "force" and locked.current_id != candidate.id:
+            compared = _check_justified(locked.connection, candidate, comparison_id or "")
+            if action == "approve":
+                check_approved_in(locked.connection, candidate.loop, compared.id, compared.after_deployment, locked.now)
         check_files_exist(candidate)  # they may have been deleted while this waited for the lock
         model = register_in(locked.connection, candidate, locked.now)
         record_questions_in(locked.connection, candidate.loop, model.id, fixed, locked.now)
@@ -190,6 +197,54 @@ def rollback(db: Database, loop: str, actor: str, reason: str, config: Config = 
         return locked.deploy(target_id, "rollback", actor, reason, config=config)
 
 
+def archive(db: Database, loop: str, version: str, actor: str, reason: str) -> ModelVersion:
+    """Hide a version from lists; its files and history stay, and it can still be used by its name.
+
+    Raises:
+        UnknownVersionError: no model has this version; the message lists the known ones.
+        RegistryError: it is the champion, the target of a rollback or archived already, or actor or reason is missing.
+    """
+    _check_actor_and_reason("archive", actor, reason)
+    with lock_champion(db, loop) as locked:
+        model = _version_to_archive(locked, version)
+        if model.archived_at is not None:
+            raise RegistryError(f"{model.name} is archived already; `finetune model list --all` shows it")
+        if model.id == locked.current_id:
+            raise RegistryError(f"{model.name} serves as champion; switch to another version before you archive it")
+        stack = deployment_stack(deployments_in(locked.connection, loop))
+        if len(stack) > 1 and model.id == stack[-2]:
+            raise RegistryError(
+                f"{model.name} is what a rollback would restore; archive it after the next promotion or switch"
+            )
+        locked.archive(model.id, actor, reason)
+        return _version_to_archive(locked, version)
+
+
+def unarchive(db: Database, loop: str, version: str, actor: str, reason: str) -> ModelVersion:
+    """Show an archived version in lists again.
+
+    Raises:
+        UnknownVersionError: no model has this version; the message lists the known ones.
+        RegistryError: it is not archived, its files were deleted, or actor or reason is missing.
+    """
+    _check_actor_and_reason("unarchive", actor, reason)
+    with lock_champion(db, loop) as locked:
+        model = _version_to_archive(locked, version)
+        check_not_deleted(model)
+        if model.archived_at is None:
+            raise RegistryError(f"{model.name} is not archived")
+        locked.update_model(model.id, archived_at=None)
+        record_note_in(locked.connection, loop, "unarchive", model.id, actor, reason, locked.now)
+        return _version_to_archive(locked, version)
+
+
+def _version_to_archive(locked: "LockedChampion", version: str) -> ModelVersion:
+    named, _, number = version.rpartition("@")
+    if named not in {"", locked.loop}:
+        raise RegistryError(f"{version} is a model of another loop than {locked.loop}")
+    return version_in(locked.connection, locked.loop, number)
+
+
 @dataclass(frozen=True)
 class LockedChampion:
     """A loop's champion pointer, locked by the current transaction."""
@@ -202,7 +257,7 @@ class LockedChampion:
     def deploy(
         self,
         model_id: str | None,
-        action: Action,
+        action: Deploying,
         actor: str,
         reason: str,
         comparison_id: str | None = None,
@@ -233,7 +288,7 @@ class LockedChampion:
         here = champions.c.loop == self.loop
         self.connection.execute(sa.update(champions).where(here).values(model_id=model_id, updated_at=self.now))
         self.update_model(self.current_id, retired_at=self.now)
-        self.update_model(model_id, deployed_at=self.now, retired_at=None)
+        self.update_model(model_id, deployed_at=self.now, retired_at=None, archived_at=None)
         record_deployment_in(
             self.connection,
             loop=self.loop,
@@ -247,6 +302,11 @@ class LockedChampion:
             config=dict(config) if config else None,
         )
         return model_in(self.connection, self.loop, model_id) if model_id else None
+
+    def archive(self, model_id: str, actor: str, reason: str) -> None:
+        """Hide a version from lists, and record it."""
+        self.update_model(model_id, archived_at=self.now)
+        record_note_in(self.connection, self.loop, "archive", model_id, actor, reason, self.now)
 
     def update_model(self, model_id: str | None, **times: datetime | None) -> None:
         """Set times of a model version; of the base model (None) none are kept."""
@@ -285,8 +345,8 @@ def _previous_id(connection: sa.Connection, loop: str) -> str | None:
     return stack[-2]
 
 
-def _check_justified(connection: sa.Connection, candidate: CandidateModel, comparison_id: str) -> None:
-    """Raise an error unless the comparison justifies this promotion and the champion has not changed since."""
+def _check_justified(connection: sa.Connection, candidate: CandidateModel, comparison_id: str) -> ComparisonRecord:
+    """Return the comparison; raise an error unless it justifies this promotion and the champion is still the same."""
     found = comparison_in(connection, candidate.loop, comparison_id)
     if found is None:
         raise RegistryError(f"the comparison {comparison_id} is not in the database; materialize eval_report again")
@@ -305,6 +365,7 @@ def _check_justified(connection: sa.Connection, candidate: CandidateModel, compa
             f"the champion changed{how} since comparison {comparison_id} was made. A comparison justifies one "
             "promotion, and none after the champion's next change; nothing was changed. Materialize eval_report again"
         )
+    return found
 
 
 def _check_promoted(connection: sa.Connection, model: ModelVersion) -> None:

@@ -151,7 +151,7 @@ def _renewed_at(deployments: list[Deployment], confirm: timedelta, now: datetime
     confirmed = [
         one.created_at + confirm
         for one in deployments
-        if one.action == "promote"
+        if one.action in {"promote", "approve"}
         and one.created_at + confirm <= now
         and not any(one.created_at <= at <= one.created_at + confirm for at in undone)
     ]

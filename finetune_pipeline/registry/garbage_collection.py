@@ -31,6 +31,7 @@ from finetune_pipeline.artifacts import (
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.tables import champions
 from finetune_pipeline.manifests import BaseGgufManifest, GgufManifest, MergedManifest, ReportManifest
+from finetune_pipeline.registry.approvals import open_approvals_in
 from finetune_pipeline.registry.champion import lock_champion
 from finetune_pipeline.registry.deployment_history import Deployment, deployment_stack, deployments_in
 from finetune_pipeline.registry.model_versions import ModelVersion, models_in
@@ -77,11 +78,19 @@ class RetentionDecision:
 
 @dataclass(frozen=True)
 class RegistryState:
-    """A loop's champion, model versions and all deployments (oldest first)."""
+    """The state of a loop.
+
+    Attributes:
+        champion_id: the champion; None is the base model.
+        models: all model versions.
+        deployments: all changes of the champion, oldest first.
+        waiting: versions of gguf_model whose challenger waits for approval.
+    """
 
     champion_id: str | None
     models: Sequence[ModelVersion]
     deployments: Sequence[Deployment]
+    waiting: Collection[str] = ()
 
 
 def decide_retention(folders: Sequence[ModelFolder], state: RegistryState, keep: int) -> tuple[RetentionDecision, ...]:
@@ -112,6 +121,8 @@ def decide_retention(folders: Sequence[ModelFolder], state: RegistryState, keep:
                 return RetentionDecision(folder, True, f"{model.version}, {needed[model.id]}")
         if folder.protected:
             return RetentionDecision(folder, True, folder.protected)
+        if folder.path.name in state.waiting and not folder.is_base:
+            return RetentionDecision(folder, True, "a challenger that waits for approval")
         if folder.is_base:
             if folder.sha256 in adapters:
                 return RetentionDecision(
@@ -147,9 +158,19 @@ def plan_deletion(db: Database, loop: LoopSettings, base_hash: str, keep: int) -
 
 
 def delete_models(
-    db: Database, loop: LoopSettings, base_hash: str, keep: int, to_delete: Collection[Path]
+    db: Database, loop: LoopSettings, base_hash: str, keep: int, to_delete: Collection[Path], actor: str
 ) -> list[RetentionDecision]:
     """Delete these folders, except those that are needed by now; return the deleted ones.
+
+    A version whose files are deleted is archived, with a row in the history.
+
+    Args:
+        db: the registry's database.
+        loop: the loop whose models are considered.
+        base_hash: hash of the loop's base model, whose GGUF is kept.
+        keep: models of this many newest deployments are kept.
+        to_delete: the folders.
+        actor: who deletes them, for the history.
 
     Raises:
         ArtifactBusyError: another deletion is running.
@@ -163,10 +184,12 @@ def delete_models(
         interrupted = [one for one in plan_deletion(db, loop, base_hash, keep) if one.folder.interrupted]
         _remove_renamed(loop.name)
         with lock_champion(db, loop.name) as champion:
-            folders = [one.folder for one in deletable(champion.connection)]
+            decisions = deletable(champion.connection)
             for model in models_in(champion.connection, loop.name):
-                if not model.deleted_at and any(_has_file_in(model, folder) for folder in folders):
+                reason = next((one.reason for one in decisions if _has_file_in(model, one.folder)), None)
+                if reason and not model.deleted_at:
                     champion.update_model(model.id, deleted_at=champion.now)
+                    champion.archive(model.id, actor, f"its files were deleted by garbage collection: {reason}")
         # A second transaction: a marked version cannot be switched to, but may have been promoted again meanwhile.
         with lock_champion(db, loop.name) as champion:
             deleted = [one for one in deletable(champion.connection) if _rename_folder(one.folder.path)]
@@ -178,7 +201,12 @@ def _decisions_in(
     connection: sa.Connection, loop: LoopSettings, base_hash: str, keep: int
 ) -> tuple[RetentionDecision, ...]:
     champion_id = connection.execute(sa.select(champions.c.model_id).where(champions.c.loop == loop.name)).scalar()
-    state = RegistryState(champion_id, models_in(connection, loop.name), deployments_in(connection, loop.name))
+    state = RegistryState(
+        champion_id,
+        models_in(connection, loop.name),
+        deployments_in(connection, loop.name),
+        {one.gguf_version for one in open_approvals_in(connection, loop.name)},
+    )
     return decide_retention(tuple(_model_folders(loop, base_hash)), state, keep)
 
 

@@ -49,6 +49,11 @@ class CandidateModel(Record):
         return self.sha256[:_ID_LENGTH]
 
     @property
+    def name(self) -> str:
+        """The full name, `loop@` and the id: it has no version before its promotion."""
+        return f"{self.loop}@{self.id}"
+
+    @property
     def files(self) -> dict[Path, str]:
         """The files, each with its expected SHA-256."""
         adapter = {self.adapter_path: self.adapter_sha256} if self.adapter_path and self.adapter_sha256 else {}
@@ -72,6 +77,7 @@ class ModelVersion(CandidateModel):
     deployed_at: UtcDatetime | None = Field(default=None, description="When it last became champion.")
     retired_at: UtcDatetime | None = Field(default=None, description="When it last ceased to be champion.")
     deleted_at: UtcDatetime | None = Field(default=None, description="When its files were deleted.")
+    archived_at: UtcDatetime | None = Field(default=None, description="When it was hidden from lists.")
 
     @property
     def name(self) -> str:

@@ -22,8 +22,8 @@ class LoadedModel:
     """A model that answers under one name.
 
     Attributes:
-        name: `loop@v1.2.0`, `loop@base`, or `loop@` and the model's name at the other server.
-        version_id: id of the model version in the registry; None for the base model and other servers.
+        name: `loop@v1.2.0`, `loop@base`, `loop@` and the id of a challenger, or `loop@` and the name at another server.
+        version_id: id of the model in the registry; None for the base model and other servers.
         runner: what generates: an engine with a child process, or a client of another server.
         capacity: number of requests that may run or wait.
         spec: what the engine loaded; None for another server.

@@ -33,8 +33,9 @@ from finetune_pipeline.inference.errors import (
 )
 from finetune_pipeline.inference.protocol import Completion, Delta, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.remote import RemoteModel
-from finetune_pipeline.registry.champion import BASE, champion, resolve
-from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError, check_files
+from finetune_pipeline.pipeline.challengers import find_trained
+from finetune_pipeline.registry.champion import BASE, champion
+from finetune_pipeline.registry.model_versions import CandidateModel, RegistryError, check_files
 from finetune_pipeline.serving.errors import (
     ContextLengthExceeded,
     GenerationRefused,
@@ -183,16 +184,18 @@ class LoopServer:
     async def answer_with(
         self, version: str, request: GenerateRequest, on_delta: OnNamedDelta | None
     ) -> RoutedCompletion:
-        """Answer with a version that the request names.
+        """Answer with a version or challenger that the request names.
 
         Raises:
             UnknownModel: there is no such version.
             Overloaded, Unavailable, GenerationRefused: there is no answer.
         """
         try:
-            wanted = await asyncio.to_thread(resolve, self._database, version, self.loop.name)
+            wanted = await asyncio.to_thread(find_trained, self._database, version, self.loop.name)
         except RegistryError as error:
             raise UnknownModel(str(error), param="model") from error
+        except ArtifactError as error:
+            raise Unavailable(f"{self.loop.name}@{version} does not load", detail=error) from error
         await self._wait_for_swap()
         variant: Variant = "version"
         version_id = wanted.id if wanted else None
@@ -282,7 +285,7 @@ class LoopServer:
         self._drain_fallback()
         return True
 
-    async def _open_or_swap(self, version: ModelVersion | None) -> LoadedModel:
+    async def _open_or_swap(self, version: CandidateModel | None) -> LoadedModel:
         """Load a version, or swap only the adapter if the current process has the same base model."""
         upstream = self.loop.serving.upstream
         if upstream is not None:
@@ -360,8 +363,8 @@ class LoopServer:
             fallback, self._fallback = self._fallback, None
             self._in_background(fallback.drain())
 
-    async def _open_version(self, version: ModelVersion | None) -> LoadedModel:
-        """Return a version that requests name; load it if necessary, and drain the least recently used one."""
+    async def _open_version(self, version: CandidateModel | None) -> LoadedModel:
+        """Return a model that requests name; load it if necessary, and drain the least recently used one."""
         name = self._name_of(version)
         async with self._open_lock:
             model = self._versions.pop(name, None)
@@ -378,7 +381,7 @@ class LoopServer:
 
     # ---- loading
 
-    def _find_files(self, version: ModelVersion | None) -> tuple[ModelSpec, dict[Path, str]]:
+    def _find_files(self, version: CandidateModel | None) -> tuple[ModelSpec, dict[Path, str]]:
         """Return what to load for a version, and its files with their SHA-256; None is the base model.
 
         A GGUF of the base model that is missing or damaged is exported here, which takes minutes for a large model.
@@ -392,7 +395,7 @@ class LoopServer:
         check_files(version, again=False)
         return ModelSpec(gguf=version.gguf_path, adapter=version.adapter_path, **limits), version.files
 
-    async def _open(self, version: ModelVersion | None, spec: ModelSpec, files: dict[Path, str]) -> LoadedModel:
+    async def _open(self, version: CandidateModel | None, spec: ModelSpec, files: dict[Path, str]) -> LoadedModel:
         """Start an engine without blocking the event loop; if this is canceled, close the engine once it is open."""
         opening = asyncio.create_task(asyncio.to_thread(Engine, spec))
         try:
@@ -412,12 +415,12 @@ class LoopServer:
         return LoadedModel(name, None, RemoteModel(upstream, self._gateway_id), self.capacity, None)
 
     def _loaded_model(
-        self, version: ModelVersion | None, engine: Engine, spec: ModelSpec, files: dict[Path, str]
+        self, version: CandidateModel | None, engine: Engine, spec: ModelSpec, files: dict[Path, str]
     ) -> LoadedModel:
         version_id = version.id if version else None
         return LoadedModel(self._name_of(version), version_id, engine, self.capacity, spec, files)
 
-    def _name_of(self, version: ModelVersion | None) -> str:
+    def _name_of(self, version: CandidateModel | None) -> str:
         return version.name if version else f"{self.loop.name}@base"
 
     async def _wait_until_loaded(self, work: Coroutine[Any, Any, LoadedModel]) -> LoadedModel:

@@ -9,7 +9,7 @@ from finetune_pipeline.settings import LoopSettings, SettingsError
 
 @dataclass(frozen=True)
 class Route:
-    """The loop that answers, and the version that the request names; None is the champion."""
+    """The loop that answers, and the version or challenger that the request names; None is the champion."""
 
     loop: str
     version: str | None = None
@@ -33,7 +33,7 @@ def loops_by_name(loops: Iterable[LoopSettings]) -> dict[str, str]:
 
 
 def route(model: str, names: Mapping[str, str]) -> Route:
-    """Return the route for "aec_parser", "aec_parser@v1.2.0", "aec_parser@base" or an alias.
+    """Return the route for "aec_parser", "aec_parser@v1.2.0", "aec_parser@base", "aec_parser@1f0c9a2b" or an alias.
 
     Raises:
         UnknownModel: there is no such loop; the message lists the names.

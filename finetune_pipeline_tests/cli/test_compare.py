@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from finetune_pipeline.artifacts import ArtifactError, hash_file, stage_folder
+from finetune_pipeline.artifacts import ArtifactError, draft, hash_file, publish, stage_folder
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.benchmark import load_benchmark
@@ -17,7 +17,7 @@ from finetune_pipeline.evaluation.performance import WAVES
 from finetune_pipeline.evaluation.run import EndpointRunManifest, compare_models
 from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.inference.errors import UpstreamFailed
-from finetune_pipeline.manifests import AdapterManifest
+from finetune_pipeline.manifests import AdapterManifest, GgufManifest
 from finetune_pipeline.pipeline import compare as compare_module
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.registry.champion import champion
@@ -70,6 +70,21 @@ def error_of(*arguments: str) -> Exception:
     result = CliRunner().invoke(finetune, ["compare", *arguments])
     assert isinstance(result.exception, Exception)
     return result.exception
+
+
+def test_a_challenger_is_compared_by_its_hash(engines: FakeEngines) -> None:
+    with draft(LOOP, "gguf_model", "f" * 16) as folder:
+        sha256 = hash_file(gguf(folder / "model.gguf", 6))
+        fields = {
+            "loop": LOOP, "version": "f" * 16, "inputs": {}, "settings": {}, "packages": {}, "gguf": "model.gguf",
+            "quantization": "F16", "base_model": "b", "base_hash": "b", "adapter_version": "a", "mode": "full",
+            "watermark": 1,
+        }  # fmt: skip
+        publish(folder, GgufManifest, fields)
+    assert "B against A: 1 won, 0 lost, 5 tied" in run("champion", f"{LOOP}@{sha256[:8]}")
+    [recorded] = list_manual_comparisons(connect(), LOOP)
+    assert (recorded.second, recorded.second_sha256) == (f"{LOOP}@{sha256[:16]}", sha256)
+    assert "has no challenger" in str(error_of("champion", "abcdef0"))
 
 
 def test_two_versions_are_compared_and_recorded_and_nothing_else_changes(engines: FakeEngines) -> None:

@@ -38,6 +38,11 @@ WITHOUT_JSON = {
     "feedback tail": "prints JSON lines anyway",
     "model switch": "changes the champion; `model history --json` has it",
     "model rollback": "changes the champion; `model history --json` has it",
+    "model approve": "changes the champion; `model history --json` has it",
+    "model reject": "records a decision; `model history --json` has it",
+    "model promote": "changes the champion; `model history --json` has it",
+    "model archive": "records a decision; `model history --json` has it",
+    "model unarchive": "records a decision; `model history --json` has it",
     "key create": "prints the secret alone",
     "key revoke": "changes the keys; `key list --json` has it",
 }

@@ -1,5 +1,6 @@
 """`finetune model`: list, show, card and garbage collection."""
 
+import json
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -25,6 +26,12 @@ def run(*arguments, code=0, **options):
     result = CliRunner().invoke(finetune, ["model", *arguments], **options)
     assert result.exit_code == code, (result.output, result.exception)
     return result.output
+
+
+def run_error(*arguments):
+    result = CliRunner().invoke(finetune, ["model", *arguments])
+    assert result.exit_code == 1, result.output
+    return str(result.exception) if not result.output else f"{result.output} {result.exception}"
 
 
 def lines(*arguments):
@@ -63,11 +70,46 @@ def test_the_list_shows_metrics_champion_previous_and_deleted_versions(seven):
     now = f"{datetime.now(UTC):%Y-%m-%d}"
     assert rows[0].startswith(f"* aec_parser@v1.6.0 57.0% 27 ms 1.5 MB {now}") and rows[0].endswith("champion")
     assert rows[1].startswith(f"aec_parser@v1.5.0 56.0% 26 ms 1.5 MB {now}") and rows[1].endswith("previous")
-    assert all(row.endswith("deleted") for row in rows[2:7])
+    assert rows[2] == "aec_parser@base"
+    rows = lines("list", "--all")[1:]
+    assert all(row.endswith("archived deleted") for row in rows[2:7])
     assert rows[7] == "aec_parser@base"
     run("switch", "base")
     rows = lines("list")[1:]
-    assert rows[0].endswith("previous") and rows[7] == "* aec_parser@base champion"
+    assert rows[0].endswith("previous") and rows[2] == "* aec_parser@base champion"
+
+
+def test_garbage_collection_writes_the_history(seven):
+    run("gc", "--keep", "1", "--yes")
+    archived = [row for row in json.loads(run("history", "--json")) if row["action"] == "archive"]
+    assert [row["model"] for row in archived] == [f"aec_parser@v1.{n}.0" for n in (4, 3, 2, 1, 0)]
+    assert archived[0]["reason"].startswith("its files were deleted by garbage collection: v1.4.0: not champion, ")
+    error = run_error("unarchive", "v1.0.0", "--reason", "back")
+    assert "its files were deleted on" in error
+
+
+@pytest.mark.parametrize(
+    ("version_of_it", "words"),
+    [
+        ("v1.6.0", "serves as champion; switch to another version"),
+        ("v1.5.0", "is what a rollback would restore"),
+        ("v9.0.0", "has no version 'v9.0.0'"),
+    ],
+)
+def test_what_serves_or_may_serve_again_cannot_be_archived(seven, version_of_it, words):
+    assert words in run_error("archive", version_of_it, "--reason", "old")
+    assert len(lines("history")) == 1 + len(seven)
+
+
+def test_an_archived_version_is_hidden_until_it_serves_again(seven):
+    assert run("archive", "v1.2.0", "--reason", "curt") == "aec_parser@v1.2.0 is archived\n"
+    assert "archived already" in run_error("archive", "v1.2.0", "--reason", "curt")
+    assert "v1.2.0" not in run("list") and "v1.2.0" in run("list", "--all")
+    assert "  archived  20" in run("show", "v1.2.0")
+    assert run("rollback") == "aec_parser@v1.5.0 is the champion again\n"  # the history of the champion is as before
+    run("switch", "v1.2.0")
+    assert "v1.2.0" in run("list") and "  archived  20" not in run("show", "v1.2.0")
+    assert "is not archived" in run_error("unarchive", "v1.2.0", "--reason", "good")
 
 
 def test_show_prints_all_known_details(seven, own_home):

@@ -40,7 +40,7 @@ from finetune_pipeline.evaluation.report_facts import (
     convergence_step,
 )
 from finetune_pipeline.evaluation.scoring import Scorer
-from finetune_pipeline.pipeline.promote import scores_of
+from finetune_pipeline.pipeline.challengers import scores_of
 from finetune_pipeline.schemas import Rule
 from finetune_pipeline.settings import GateSettings
 from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, line, write_benchmark

@@ -68,6 +68,7 @@ def test_what_starts_runs_is_off_by_default():
     assert {sensor.name: sensor.default_status for sensor in repository.sensor_defs} == {
         "aec_parser_new_examples": dg.DefaultSensorStatus.STOPPED,
         "aec_parser_alerts": dg.DefaultSensorStatus.RUNNING,  # it starts nothing
+        "aec_parser_history": dg.DefaultSensorStatus.RUNNING,  # nor does this
     }
     schedules = {schedule.name: schedule.default_status for schedule in repository.schedule_defs}
     assert schedules == {

@@ -87,7 +87,7 @@ def serve(db: Database, one: CandidateModel) -> ModelVersion:
 def collect(db: Database, keep: int = 1) -> list[str]:
     """Plan a deletion, carry it out, and return the names of the deleted folders."""
     to_delete = [one.folder.path for one in plan_deletion(db, LOOP, BASE, keep) if not one.keep]
-    return sorted(one.folder.path.name for one in delete_models(db, LOOP, BASE, keep, to_delete))
+    return sorted(one.folder.path.name for one in delete_models(db, LOOP, BASE, keep, to_delete, "ann"))
 
 
 def folders(stage: str = "gguf_model") -> set[str]:
@@ -184,7 +184,7 @@ def test_an_artifact_in_progress_is_kept(db: Database) -> None:
         (folder / "half.gguf").write_text("half")
         (one,) = plan_deletion(db, LOOP, BASE, 1)
         assert (one.keep, one.reason) == (True, "a run is making it again now")
-        assert delete_models(db, LOOP, BASE, 1, [one.folder.path]) == []
+        assert delete_models(db, LOOP, BASE, 1, [one.folder.path], "ann") == []
         assert (folder / "half.gguf").exists()
     assert collect(db) == ["a"]
 
@@ -233,7 +233,7 @@ def test_the_next_deletion_finishes_a_killed_one(db: Database, monkeypatch: pyte
             *(garbage_collection, "_rename_folder", die) if killed_in == "_rename_folder" else (shutil, "rmtree", die)
         )
         with pytest.raises(KeyboardInterrupt):
-            delete_models(db, LOOP, BASE, 1, to_delete)
+            delete_models(db, LOOP, BASE, 1, to_delete, "ann")
     first = resolve(db, "v1.0.0", "aec")
     assert first is not None and first.deleted_at is not None
     with pytest.raises(RegistryError, match="were deleted"):
@@ -285,7 +285,7 @@ def test_a_folder_needed_since_the_plan_is_kept(db: Database) -> None:
         serve(db, candidate(gguf(name)))
     (to_delete,) = [one.folder.path for one in plan_deletion(db, LOOP, BASE, 1) if not one.keep]
     switch(db, "aec", "v1.0.0", "ann", "s")
-    assert delete_models(db, LOOP, BASE, 1, [to_delete]) == []
+    assert delete_models(db, LOOP, BASE, 1, [to_delete], "ann") == []
     assert folders() == {"a", "b", "c"}
     assert not [model for model in list_models(db, "aec") if model.deleted_at]
 
@@ -332,7 +332,7 @@ def test_a_concurrent_switch_never_serves_a_deleted_model(db: Database) -> None:
         thread = threading.Thread(target=run)
         thread.start()
         start.wait()
-        delete_models(db, LOOP, BASE, 1, to_delete)
+        delete_models(db, LOOP, BASE, 1, to_delete, "ann")
         thread.join()
         after = resolve(db, target.version, "aec")
         assert after is not None
@@ -361,7 +361,7 @@ def test_a_concurrent_promotion_finds_its_file_or_is_rejected(db: Database) -> N
         thread = threading.Thread(target=run)
         thread.start()
         start.wait()
-        delete_models(db, LOOP, BASE, 1, [path])
+        delete_models(db, LOOP, BASE, 1, [path], "ann")
         thread.join()
         serving = champion(db, "aec")
         assert serving is None or (serving.gguf_path.is_file() and serving.deleted_at is None)

@@ -1,10 +1,14 @@
 """The field `model`, fallbacks, and upstream servers."""
 
+import shutil
+
 import openai
 import pytest
 
+from finetune_pipeline.artifacts import draft, publish
 from finetune_pipeline.database import connect
 from finetune_pipeline.inference.remote import RemoteModel
+from finetune_pipeline.manifests import GgufManifest
 from finetune_pipeline.registry import champion
 from finetune_pipeline.serving.errors import UnknownModel
 from finetune_pipeline.serving.routing import loops_by_name, route
@@ -54,8 +58,27 @@ def test_a_name_is_a_loop_a_version_or_an_alias(two, name, model, variant):
     assert {event["model"] for event in stream} == {model}
 
 
+def test_a_challenger_answers_under_its_hash(two, ggufs):
+    with draft("walls", "gguf_model", "f" * 16) as folder:
+        shutil.copyfile(ggufs["Q4_K_M"], folder / "model.gguf")
+        fields = {
+            "loop": "walls", "version": "f" * 16, "inputs": {}, "settings": {}, "packages": {}, "gguf": "model.gguf",
+            "quantization": "Q4_K_M", "base_model": "b", "base_hash": "b", "adapter_version": "a", "mode": "full",
+            "watermark": 1,
+        }  # fmt: skip
+        sha256 = publish(folder, GgufManifest, fields).manifest.files["model.gguf"].sha256
+    for name in (sha256[:16], sha256[:6], sha256):
+        answer = two.ask(model=f"walls@{name}").json()
+        assert answer["model"] == f"walls@{sha256[:16]}"
+        kept = two.interaction(answer["id"])["interaction"]
+        assert (kept["model"], kept["variant"]) == (answer["model"], "version")
+    assert two.ask(model="walls").json()["model"] == "walls@v1.1.0"
+    assert two.ask(model=f"doors@{sha256[:16]}").status_code == 404
+
+
 @pytest.mark.parametrize(
-    "name", ["gpt-4", "walls@v9.9.9", "@v1.0.0", "Walls", "walls@doors@v1.0.0", "walls@", "../walls", " "]
+    "name",
+    ["gpt-4", "walls@v9.9.9", "@v1.0.0", "Walls", "walls@doors@v1.0.0", "walls@", "walls@ffffff0", "../walls", " "],
 )
 def test_an_unknown_name_is_not_found(two, name):
     response = two.ask(model=name)
