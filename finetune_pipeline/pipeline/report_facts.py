@@ -85,8 +85,11 @@ def trend(loop: str, database: Database, comparison: Comparison) -> Trend:
     """Return the score of each promoted version on the benchmark of a comparison, by its metric.
 
     The score is that in the report of the version's promotion, so no version answers again. Scores on another version
-    of the benchmark are not comparable and are left out.
+    of the benchmark are not comparable and are left out. A judge scores a version against the champion of its time, so
+    by a judge there is no trend.
     """
+    if comparison.metric.key in {one.key for one in comparison.judgements}:
+        return Trend()
     points, left_out = [], []
     for model in reversed(list_models(database, loop)):
         try:
@@ -171,14 +174,15 @@ def _efficiency(
     loop: str, role: Role, manifest: AdapterManifest, comparison: Comparison, subjects: Mapping[Role, Subject]
 ) -> float | None:
     """Return the gain per 100 examples over the model that a training started from, if that model was compared too."""
-    scores = {one: model.totals.correct / model.totals.total for one, model in comparison.models.items()}
+    totals = {one: model.totals for one, model in comparison.models.items() if model.totals.total}
+    scores = {one: found.correct / found.total for one, found in totals.items()}  # none of a model that is not judged
     initial = manifest.inputs.get("initial_adapter")
     if initial is None:
         examples = manifest.examples
-        before = [one for one in comparison.models if subjects[one].served_as == f"{loop}@{BASE}"]
+        before = [one for one in scores if subjects[one].served_as == f"{loop}@{BASE}"]
     else:
         examples = manifest.new_examples
-        before = [one for one in comparison.models if subjects[one].adapter == initial]
+        before = [one for one in scores if subjects[one].adapter == initial]
     return gain_per_100_examples(scores[role], scores[before[0]], examples) if before else None
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from finetune_pipeline.artifacts import hash_file, stage_folder, write_text
 from finetune_pipeline.database import Database, connect
+from finetune_pipeline.evaluation.report_facts import Trend
 from finetune_pipeline.manifests import AdapterManifest
 from finetune_pipeline.pipeline.report_facts import Subject, collect_facts, trend
 from finetune_pipeline.registry.model_versions import CandidateModel
@@ -17,14 +18,17 @@ from finetune_pipeline_tests.registry.conftest import promote_over
 LOOP = "notes"
 
 
-def compared(**scores: int) -> Any:
-    """Return what the facts need of a comparison: models by role, with a score of 10."""
+def compared(judge: str = "", **scores: int | None) -> Any:
+    """Return what the facts need of a comparison: models by role, with a score of 10 or, if not judged, of 0."""
     models = {
-        role: SimpleNamespace(name=role, totals=SimpleNamespace(correct=score, total=10))
+        role: SimpleNamespace(name=role, totals=SimpleNamespace(correct=score or 0, total=0 if score is None else 10))
         for role, score in scores.items()
     }
     metric = SimpleNamespace(key="exact", name="exact match")
-    return SimpleNamespace(models=models, benchmark_sha256="b" * 64, metric=metric, base=models.get("base"))
+    judgements = [SimpleNamespace(key=judge)] if judge else []
+    return SimpleNamespace(
+        models=models, benchmark_sha256="b" * 64, metric=metric, base=models.get("base"), judgements=judgements
+    )
 
 
 def promoted(db: Database, home: Path, number: int, report: dict[str, Any] | None) -> None:
@@ -51,22 +55,32 @@ def test_scores_on_an_edited_benchmark_are_never_in_the_trend(own_home: Path) ->
     found = trend(LOOP, db, compared(champion=6, challenger=7))
     assert [(point.version, point.score) for point in found.points] == [("v1.0.0", 0.6), ("v1.5.0", 0.6)]
     assert found.left_out == ("v1.1.0", "v1.2.0", "v1.3.0", "v1.4.0")
+    # A judge scores a version against the champion of its time.
+    assert trend(LOOP, db, compared("exact", champion=6, challenger=7)) == Trend()
+    assert trend(LOOP, db, compared("other", champion=6, challenger=7)) == found
 
 
 @pytest.mark.parametrize(
-    ("initial", "served", "expected"),
+    ("initial", "base", "served", "expected"),
     [
-        (None, {"base": f"{LOOP}@base"}, (8 - 3) / 10 / 50 * 100),  # full training starts from the base model
+        (None, 3, {"base": f"{LOOP}@base"}, (8 - 3) / 10 / 50 * 100),  # full training starts from the base model
+        (None, None, {"base": f"{LOOP}@base"}, None),  # which a judge does not compare
         (
             "a1",
+            3,
             {"champion": f"{LOOP}@v1.0.0"},
             (8 - 6) / 10 / 20 * 100,
         ),  # incremental: from that adapter, by new examples
-        ("other", {"champion": f"{LOOP}@v1.0.0"}, None),  # it started from a model that was not compared
+        ("other", 3, {"champion": f"{LOOP}@v1.0.0"}, None),  # it started from a model that was not compared
     ],
 )
 def test_sample_efficiency_is_the_gain_over_where_training_started(
-    own_home: Path, monkeypatch: pytest.MonkeyPatch, initial: str | None, served: dict[str, str], expected: float | None
+    own_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    initial: str | None,
+    base: int | None,
+    served: dict[str, str],
+    expected: float | None,
 ) -> None:
     inputs = {} if initial is None else {"initial_adapter": initial}
     manifest = SimpleNamespace(examples=50, new_examples=20, steps=9, inputs=inputs)
@@ -87,7 +101,7 @@ def test_sample_efficiency_is_the_gain_over_where_training_started(
         "champion": Subject(served.get("champion"), "a1"),
         "challenger": Subject(adapter="a2"),
     }
-    facts = collect_facts(LOOP, connect(), compared(base=3, champion=6, challenger=8), subjects, {})
+    facts = collect_facts(LOOP, connect(), compared(base=base, champion=6, challenger=8), subjects, {})
     rows = {row.key: row.challenger for row in facts.training}
     assert rows["efficiency"] == (expected if expected is None else pytest.approx(expected))
     assert (rows["convergence"], rows["steps"]) == (6, 9)
