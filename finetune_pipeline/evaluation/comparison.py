@@ -329,8 +329,8 @@ class Comparison:
 
     @property
     def ties(self) -> int:
-        """Number of questions in which both models have the same score."""
-        return len(self.questions) - len(self.won) - len(self.lost)
+        """Number of questions in which both models have the same score, without those that a judge set aside."""
+        return sum(one.change == 0 and one.champion_scores.total > 0 for one in self.questions)
 
     @property
     def lost(self) -> tuple[QuestionComparison, ...]:
@@ -453,7 +453,8 @@ def judge(comparison: Comparison, settings: GateSettings, budget: BudgetState | 
 
 
 def paired_scores(questions: Sequence[QuestionComparison]) -> PairedScores:
-    """Return the scores of both models on these questions, for a paired test."""
+    """Return the scores of both models on those of the questions that count, for a paired test."""
+    questions = [one for one in questions if one.champion_scores.total]  # others have no verdict of the gate's judge
     return PairedScores(
         champion=[one.champion_scores.correct for one in questions],
         challenger=[one.challenger_scores.correct for one in questions],

@@ -215,7 +215,8 @@ def findings_of_report(path: Path, gate: GateSettings) -> ReportFindings:
 def _slice_scores(questions: list[dict[str, Any]]) -> dict[str, PairedScores]:
     by_slice: dict[str, list[dict[str, Any]]] = {}
     for one in questions:
-        by_slice.setdefault(one["slice"], []).append(one)
+        if one["champion"]["total"]:  # see paired_scores
+            by_slice.setdefault(one["slice"], []).append(one)
     return {
         name: PairedScores(
             champion=[one["champion"]["correct"] for one in by_slice[name]],

@@ -17,7 +17,7 @@ from finetune_pipeline.evaluation.comparison import Comparison, judge
 from finetune_pipeline.evaluation.metric_table import metric_table
 from finetune_pipeline.evaluation.metrics import MetricError
 from finetune_pipeline.evaluation.metrics.judge import Judge, JudgeAgreement, Pair
-from finetune_pipeline.evaluation.report import write_report
+from finetune_pipeline.evaluation.report import findings_of_report, write_report
 from finetune_pipeline.evaluation.run import Contender, compare_models
 from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.inference.protocol import ModelSpec
@@ -140,6 +140,12 @@ def test_a_slice_without_a_verdict_has_no_score(tmp_path: Path) -> None:
     }  # fmt: skip
     write_report(tmp_path, "notes", comparison, judge(comparison, GateSettings()), GateSettings(), 0.9)
     assert comparison.judgements[0].inconsistent == 1
+    # What is set aside is no tie, and no part of the paired test.
+    assert (len(comparison.won), len(comparison.lost), comparison.ties) == (3, 1, 1)
+    assert (comparison.significance.questions, comparison.significance.method) == (5, "exact McNemar")
+    slices = comparison.slice_tests(GateSettings())
+    assert "s0" not in {one.name for one in slices}
+    assert findings_of_report(tmp_path / "report.json", GateSettings()).slices == slices
 
 
 REASONED = "<think>B looks like A, but</think>\n**Verdict: {}**."
