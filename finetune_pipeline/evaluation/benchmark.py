@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.records import Message, Turn, chat_messages, normalize
 from finetune_pipeline.schemas import InvalidJsonError, Schema, compile_schema, parse_json, unique_members
 from finetune_pipeline.validation_messages import error_messages
@@ -67,6 +68,12 @@ class OpenQuestion:
         """Return the chat messages that a model gets."""
         asked = self.prompt if self.context is None else f"{self.context}\n\n{self.prompt}"
         return chat_messages(system_prompt, asked, self.history)
+
+    @property
+    def asked_hash(self) -> str:
+        """Hash of what a model is asked: the prompt with its context and history, as prompts are compared."""
+        turns = [(turn.role, normalize(turn.content)) for turn in self.history]
+        return hash_of([normalize(self.prompt), normalize(self.context or ""), turns])
 
     def as_json(self) -> dict[str, Any]:
         """Return the question as in its line of the file."""

@@ -34,7 +34,6 @@ from finetune_pipeline.pipeline.judge_agreement import scorer_with_agreement
 from finetune_pipeline.pipeline.regression_suite import ask_suite
 from finetune_pipeline.pipeline.report_facts import Subject, collect_facts, subject_of
 from finetune_pipeline.pipeline.required_checks import RequiredChecksError, check_proven, dataset_of, near_benchmark
-from finetune_pipeline.records import normalize
 from finetune_pipeline.registry.champion import BASE, CurrentDeployment, current_deployment
 from finetune_pipeline.registry.check_outcomes import record_outcomes_in
 from finetune_pipeline.registry.comparisons import ComparisonRecord, extend_watermark_in, record_comparison_in
@@ -188,12 +187,12 @@ def _budget_test(loop: LoopSettings, comparison: Comparison) -> BudgetTest | Non
         "settings": {key: value for key, value in comparison_settings(loop).items() if key != "gate"},
         **loop_files.judging_files(loop),
     }
-    prompts = {hash_of(normalize(one.question.prompt))[:16] for one in comparison.questions}
+    asked = {one.question.asked_hash[:16] for one in comparison.questions}
     return budget_test(
         connect(),
         loop.name,
         hash_of(trial),
-        BudgetedBenchmark(comparison.benchmark_sha256, prompts),
+        BudgetedBenchmark(comparison.benchmark_sha256, asked),
         tests=BUDGET_TESTS,
         confirm_days=loop.gate.confirm_days,
     )

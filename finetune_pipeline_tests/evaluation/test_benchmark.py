@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,9 @@ def test_a_question_may_have_a_conversation_a_context_and_a_cluster(tmp_path: Pa
     assert asked_before.messages("") == [*history, last]
     assert with_context.messages("")[-1]["content"] == "Plan of the ground floor\n\nThe brick one"
     assert [one.as_json() for one in (plain, asked_before, with_context)] == lines
+    hashes = {one.asked_hash for one in (plain, asked_before, with_context)}
+    assert len(hashes) == 3  # the error budget takes them for three questions
+    assert replace(plain, id="x", prompt=" the BRICK  one").asked_hash == plain.asked_hash
 
 
 def test_a_question_without_an_expected_answer_is_not_scored(tmp_path: Path) -> None:
