@@ -50,10 +50,11 @@ class Performance(Record):
 
     @property
     def conditions(self) -> str:
-        """Concurrency, prompt length and duration in words."""
+        """Concurrency, prompt length and duration in words, and what other processes used if it is noticeable."""
+        busy = f", while other processes used {self.background_cores:.1f} cores" if self.background_cores > 0.1 else ""
         return (
             f"{self.concurrency} at a time, {self.requests} requests with {self.prompt_tokens:.0f} prompt tokens on "
-            f"average, {self.seconds:.1f} s"
+            f"average, {self.seconds:.1f} s{busy}"
         )
 
 

@@ -58,6 +58,8 @@ def test_the_cost_is_that_of_the_generated_tokens_at_saturation(price, tokens, c
 def test_the_conditions_are_stated():
     stated = "8 at a time, 32 requests with 20 prompt tokens on average, 3.2 s"
     assert Performance(**MEASURED).conditions == stated
+    busy = Performance(**MEASURED, background_cores=1.26).conditions
+    assert busy == f"{stated}, while other processes used 1.3 cores"
 
 
 def test_peak_memory_is_that_of_the_process():
