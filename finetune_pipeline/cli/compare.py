@@ -61,6 +61,7 @@ _LETTERS: dict["Role", str] = {"base": "base", "champion": "A", "challenger": "B
 
 def _parts(done: "FinishedComparison", questions: int) -> Iterator[str | Text | Table]:
     """Yield the lines and tables of the comparison, as the report has them."""
+    from finetune_pipeline.evaluation.gate import slices_text
     from finetune_pipeline.evaluation.metric_table import metric_table
 
     comparison, facts = done.comparison, done.facts
@@ -78,10 +79,12 @@ def _parts(done: "FinishedComparison", questions: int) -> Iterator[str | Text | 
         yield comparison.saturation
     if comparison.contention:
         yield f"The machine was busy: {comparison.contention}. Latency and speed are not reliable."
+    yield from (str(judgement) for judgement in comparison.judgements)
     for title, groups in (("slice", comparison.slices), ("wording", comparison.wordings)):
         if groups:
             yield ""
             yield _group_table(comparison, title, groups)
+    yield f"slices: {slices_text(comparison.slice_tests(done.gate), done.gate)}"
     yield ""
     yield _confidence_table(comparison, done.threshold)
     for title, rows in (("from use", facts.use), ("training", facts.training)):
@@ -98,6 +101,9 @@ def _parts(done: "FinishedComparison", questions: int) -> Iterator[str | Text | 
         yield f"\npromoted versions on this benchmark: {scores}"
     yield ""
     yield from _changed_answers(comparison, questions)
+    yield f"\nbenchmark {comparison.benchmark_sha256[:16]}"
+    for role, model in comparison.models.items():
+        yield f"{_LETTERS[role]:<9} {model.gguf_sha256[:16]}"
 
 
 def _metric_table(comparison: "Comparison", title: str, rows: "Sequence[MetricRow]", missing: str) -> Table:

@@ -32,11 +32,12 @@ from finetune_pipeline.manifests import Manifest
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.challengers import find_trained
 from finetune_pipeline.pipeline.evaluate import ProgressLog, comparison_settings, settings_hash
+from finetune_pipeline.pipeline.judge_agreement import scorer_with_agreement
 from finetune_pipeline.pipeline.report_facts import Subject, collect_facts, subject_of
 from finetune_pipeline.registry.champion import BASE
 from finetune_pipeline.registry.comparisons import ManualComparison, record_manual_comparison
 from finetune_pipeline.registry.model_versions import check_files
-from finetune_pipeline.settings import LoopSettings, UpstreamSettings
+from finetune_pipeline.settings import GateSettings, LoopSettings, UpstreamSettings
 
 GGUF = ".gguf"
 ENDPOINT_EXAMPLE = "http://localhost:8000/v1#model-name"
@@ -67,11 +68,13 @@ class FinishedComparison:
 
     Attributes:
         threshold: the confidence above which curation accepts an unconfirmed answer.
+        gate: the settings with the margin of the slices.
     """
 
     comparison: Comparison
     facts: ReportFacts
     threshold: float
+    gate: GateSettings
     report: Artifact[ManualReportManifest]
     record: ManualComparison
 
@@ -105,7 +108,7 @@ def compare_two(
         pair[0].contender,
         pair[1].contender,
         loop_files.benchmark(loop),
-        loop_files.scorer(loop),
+        scorer_with_agreement(loop, log, for_gate=False),
         loop.evaluation,
         loop.system_prompt,
         loop.name,
@@ -235,4 +238,4 @@ def _record(
         created_at=report.manifest.created_at,
     )
     record_manual_comparison(database, record)
-    return FinishedComparison(comparison, facts, threshold, report, record)
+    return FinishedComparison(comparison, facts, threshold, loop.gate, report, record)

@@ -11,8 +11,11 @@ from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.settings import LoopSettings
 
 
-def scorer_with_agreement(loop: LoopSettings, log: Callable[[str], None]) -> Scorer:
+def scorer_with_agreement(loop: LoopSettings, log: Callable[[str], None], *, for_gate: bool = True) -> Scorer:
     """Return what scores the loop's answers, with the agreement of its judges measured.
+
+    Args:
+        for_gate: the gate decides by the scores, so a judge among them has to agree with people.
 
     Raises:
         MetricError: a metric cannot be used here, or the gate would count a judge that agrees with people too rarely.
@@ -27,6 +30,6 @@ def scorer_with_agreement(loop: LoopSettings, log: Callable[[str], None]) -> Sco
                 prompt, better, worse = redact_texts([one.prompt, one.better, one.worse], loop.curation.redaction)[0]
                 pairs.append(Pair(prompt, better, worse))
             log(f"{metric.settings.key}: {metric.measure_agreement(pairs)}")
-            if metric is scorer.metric:
+            if for_gate and metric is scorer.metric:
                 metric.check_agreement()
     return scorer

@@ -25,6 +25,8 @@ from finetune_pipeline.registry.comparisons import judged_watermark, list_compar
 from finetune_pipeline.registry.model_versions import CandidateModel, RegistryError
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, FakeEngines, line, write_benchmark
+from finetune_pipeline_tests.evaluation.test_judge import endpoint
+from finetune_pipeline_tests.evaluation.test_judge import settings as judge_settings
 from finetune_pipeline_tests.inference.test_remote import chunk, fake_upstream, sse
 from finetune_pipeline_tests.registry.conftest import promote_over
 
@@ -92,6 +94,9 @@ def test_two_versions_are_compared_and_recorded_and_nothing_else_changes(engines
     output = run(f"{LOOP}@v1.0.0", f"{LOOP}@champion")
     assert "B against A: 2 won, 0 lost, 4 tied" in output
     assert re.search(r"parameter accuracy +33\.3% +50\.0% +83\.3% +\+33\.3 points", output)
+    slices = "slices: no slice lost significantly more than 5 points; too small to tell: doors, walls"
+    assert slices in " ".join(output.split())
+    assert re.search(r"\nA +[0-9a-f]{16}\nB +[0-9a-f]{16}\n", output)
     assert re.search(r"doors \(2\) +0\.0% +0\.0% +50\.0% +\+50\.0 points", output)
     assert "changed answers: 2 wrong to correct" in output and "training: not measured" not in output
     [kept] = list_manual_comparisons(connect(), LOOP)
@@ -115,6 +120,16 @@ def test_the_base_model_is_one_column(engines: FakeEngines) -> None:
 def test_a_gguf_file_is_compared(engines: FakeEngines, tmp_path: Path) -> None:
     path = gguf(tmp_path / "other model.gguf", 6)
     assert json.loads(run("champion", str(path), "--json"))["challenger"]["name"] == "other model.gguf"
+
+
+def test_a_judge_is_shown_with_its_agreement(engines: FakeEngines, monkeypatch: pytest.MonkeyPatch) -> None:
+    with endpoint(lambda a, b: "A" if a > b else "B") as server:
+        metric = judge_settings(server)
+        for scorer in (Scorer("parameters", SCHEMA, (), [metric]), Scorer(metric, SCHEMA)):
+            monkeypatch.setattr(loop_files, "scorer", lambda loop, made=scorer: made)
+            output = run("v1.0.0", "v1.1.0", columns=300)
+            assert "judge: 2 wins, 0 losses, 4 ties, set aside 0" in output
+            assert "its agreement with people is unknown" in output  # which only a gate would refuse
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])
