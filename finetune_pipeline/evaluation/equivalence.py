@@ -69,7 +69,7 @@ class Equivalence:
 
     @cached_property
     def _testable(self) -> bool:
-        """Whether equal scores of this number of questions would show equivalence."""
+        """Equal scores of this number of questions would show equivalence."""
         return _p_value(ScoreDifferences(self.differences.questions, 0.0, 0.0), self.margin) <= ALPHA
 
     @cached_property

@@ -18,6 +18,7 @@ from finetune_pipeline.evaluation.significance import (
     questions_needed,
 )
 from finetune_pipeline.settings import BUDGET_TESTS, GateSettings
+from finetune_pipeline.wording import counted
 
 Decision = Literal["promote", "reject", "inconclusive"]
 HEADLINES: dict[Decision, str] = {
@@ -97,7 +98,7 @@ class Verdict:
 
     @property
     def promote(self) -> bool:
-        """Whether the challenger becomes champion."""
+        """The challenger becomes champion."""
         return self.decision == "promote"
 
 
@@ -261,7 +262,7 @@ def _weigh(found: Significance, gain: int, required_gain: int, total: int, setti
     gains = gain > 0 and found.p_value <= level
     falls_short = gain < required_gain and found.gain_high < needed
     numbers = (
-        f"{found.wins:,} questions won, {found.losses:,} lost, {found.ties:,} equal: p = {found.p_value:.2g} by "
+        f"{counted(found.wins, 'question')} won, {found.losses:,} lost, {found.ties:,} equal: p = {found.p_value:.2g} by "
         f"{found.method}, at most {level:.2g} is significant; the gain is {100 * found.gain_low:+.1f} to "
         f"{100 * found.gain_high:+.1f} points (95% confidence interval)"
     )
@@ -282,10 +283,10 @@ def _weigh(found: Significance, gain: int, required_gain: int, total: int, setti
 
 def _capacity(found: Significance, level: float) -> str:
     """Return what as many questions as these can decide."""
-    least, units = fewest_wins(level), "clusters of questions" if found.units < found.questions else "questions"
+    least, unit = fewest_wins(level), "cluster" if found.units < found.questions else "question"
     if found.units < least:
         return (
-            f"{found.units:,} {units} can decide nothing: even {found.units:,} won and none lost give p = "
+            f"{counted(found.units, unit)} can decide nothing: even {found.units:,} won and none lost would give p = "
             f"{0.5**found.units:.2g}; at least {least:,} are needed"
         )
     return f"{found.questions:,} questions find gains from about {100 * detectable_gain(found, level):.1f} points"

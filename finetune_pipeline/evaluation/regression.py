@@ -60,7 +60,7 @@ class SuiteAnswer:
 
     @property
     def broken(self) -> bool:
-        """Whether the champion's answer is correct, and the challenger's is not."""
+        """The champion's answer is correct, and the challenger's is not."""
         return self.champion_correct and not self.challenger_correct
 
 
@@ -153,7 +153,7 @@ def _statements(counts: RegressionCounts, tolerance: float, level: float, p_valu
     if needed is None:
         all_broken = binomial_tail(counts.held, counts.held, tolerance)
         yield (
-            f"{counted(counts.held, 'question')} can decide nothing: even {counts.held:,} broken give "
+            f"{counted(counts.held, 'question')} can decide nothing: even {counts.held:,} broken would give "
             f"p = {all_broken:.2g}, at most {level:g} is significant"
         )
     else:

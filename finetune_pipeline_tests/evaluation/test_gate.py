@@ -96,8 +96,9 @@ def judge(won: int, lost: int, both: int, total: int, settings: GateSettings, bu
         # significant, but surely less than 5%
         (40, 10, 1800, 2000, "reject", "reject", "less than the 4.5 needed"),
         # three questions decide nothing
-        (3, 0, 0, 3, "promote", "inconclusive", "even 3 won and none lost give p = 0.12; at least 8 are needed"),
+        (3, 0, 0, 3, "promote", "inconclusive", "even 3 won and none lost would give p = 0.12; at least 8 are needed"),
         (0, 0, 2, 3, "reject", "inconclusive", "3 questions can decide nothing"),
+        (1, 0, 2, 3, "promote", "inconclusive", "1 question won, 0 lost, 2 equal"),
     ],
 )
 def test_a_verdict_is_inconclusive_only_if_significance_is_required(

@@ -124,7 +124,9 @@ def test_the_gate_can_count_verdicts(tmp_path: Path) -> None:
     with endpoint(longer) as server:
         comparison = compared(tmp_path, settings(server))
     write_report(tmp_path, "notes", comparison, judge(comparison, GateSettings()), GateSettings(), 0.9)
-    assert "judge: 3 wins, 2 losses, 1 ties, set aside 0" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "judge: 3 wins, 2 losses, 1 ties, set aside 0" in page
+    assert "best constant answer, " not in page  # none is sought
     assert json.loads((tmp_path / "report.json").read_text())["judgements"][0]["wins"] == 3
     assert (comparison.champion.totals.correct, comparison.challenger.totals.correct) == (5, 7)
     assert [one.change for one in comparison.questions] == [-2, -2, 0, 2, 2, 2]
@@ -160,7 +162,7 @@ def test_a_letter_is_read_in_usual_forms(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("says", "inconsistent", "no_verdict"),
     [
-        (lambda a, b: "A", 6, {}),  # prefers a place
+        (lambda a, b: "A", 6, {}),  # prefers a position
         (lambda a, b: "T" if a > b else "A", 6, {}),
         (lambda a, b: "Both are fine, but A is better.", 0, {"a reply that is not A, B or T": 6}),
         (lambda a, b: "", 0, {"a reply that is not A, B or T": 6}),
@@ -237,7 +239,7 @@ def test_equal_answers_are_a_tie_without_a_question(tmp_path: Path) -> None:
         (lambda a, b: "A", JudgeAgreement(0, 0, 10), "0 rated pairs with a consistent verdict"),
         (lambda a, b: "I like both", JudgeAgreement(0, 0, 10, "a reply that is not A, B or T"), r"not A, B or T\)"),
     ],
-    ids=["agrees", "lies", "prefers a place", "prose"],
+    ids=["agrees", "lies", "prefers a position", "prose"],
 )
 def test_the_gate_counts_a_judge_only_above_an_agreement(says: Says, agreement: JudgeAgreement, refused: str) -> None:
     pairs = [Pair(f"?{n}", "a" * 9, "b" * 5) for n in range(8)] + [Pair(f"!{n}", "a", "bb") for n in range(2)]

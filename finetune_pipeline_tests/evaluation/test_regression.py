@@ -55,7 +55,7 @@ def counts(held: int, broken: int, asked: int | None = None, standing: int | Non
             counts(1, 1),
             False,
             "1 of 1 fixed correction broken, 10% tolerated: p = 0.1; 1 question can decide nothing: even 1 broken "
-            "give p = 0.1, at most 0.05 is significant",
+            "would give p = 0.1, at most 0.05 is significant",
         ),
         (
             counts(0, 0, asked=3),

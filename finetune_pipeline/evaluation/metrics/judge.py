@@ -1,6 +1,6 @@
 """A judge: a model behind an OpenAI-compatible endpoint that says which of two answers is better (Zheng et al. 2023).
 
-Each pair is judged in both orders. A verdict that changes with the order is set aside, since judges prefer a place.
+Each pair is judged in both orders. A verdict that changes with the order is set aside (position bias).
 Verdicts are cached under `$FINETUNE_HOME/cache/judge`, by a hash of endpoint, model and request.
 """
 
