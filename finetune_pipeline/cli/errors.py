@@ -12,8 +12,10 @@ from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.feedback import FeedbackError
 from finetune_pipeline.feedback.review import ReviewError
 from finetune_pipeline.inference.errors import EngineError
+from finetune_pipeline.orchestrator import OrchestratorError
 from finetune_pipeline.ray_session import ClusterError
 from finetune_pipeline.registry.model_versions import RegistryError
+from finetune_pipeline.registry.training_jobs import JobError
 from finetune_pipeline.schemas import SchemaError
 from finetune_pipeline.settings import SettingsError
 from finetune_pipeline.sources.source_record import SourceError
@@ -30,7 +32,9 @@ EXPECTED = (
     ExportError,
     FeedbackError,
     ApiKeyError,
+    JobError,
     MetricError,
+    OrchestratorError,
     RegistryError,
     ReportError,
     ReviewError,

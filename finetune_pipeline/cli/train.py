@@ -1,25 +1,43 @@
-"""`finetune train`: which settings fit a memory size and how that was estimated; and finished training runs."""
+"""`finetune train`: which settings fit in memory; and training jobs: watch, pause, resume and cancel them."""
 
 import math
-from typing import TYPE_CHECKING, get_args
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from finetune_pipeline.artifacts import stage_folder
+from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.cli.options import UNLIMITED, json_option, loop_option, print_json
+from finetune_pipeline.database import Database, DatabaseError
 from finetune_pipeline.manifests import AdapterManifest
-from finetune_pipeline.settings import LoopSettings, PresetName, SettingsError, TrainingSettings, the_loop, with_loop
+from finetune_pipeline.registry.training_jobs import IN_PROGRESS, TrainingJob, events_of, find_job, list_jobs
+from finetune_pipeline.settings import (
+    LoopSettings,
+    PresetName,
+    SettingsError,
+    TrainingSettings,
+    home,
+    load_loop,
+    load_loops,
+    the_loop,
+    with_loop,
+)
 from finetune_pipeline.wording import duration
 
 if TYPE_CHECKING:
     from finetune_pipeline.pipeline.plan import PlannedTraining
 
+POLL_SECONDS = 0.5
+"""Time between two questions to Dagster whether a run has ended."""
+
 
 @click.group()
 def train() -> None:
-    """Estimate training, and show finished training runs."""
+    """Estimate training; watch, pause, resume and cancel training jobs."""
 
 
 @train.command()
@@ -137,57 +155,194 @@ def _option_json(option: "PlannedTraining") -> dict[str, object]:
 @json_option
 @loop_option
 def list_(loop: LoopSettings, as_json: bool) -> None:
-    """List finished training runs, newest first."""
+    """List training jobs, however they were started, and finished trainings with their figures; newest first."""
     from finetune_pipeline.database import connect
+    from finetune_pipeline.pipeline.jobs import describe_job
     from finetune_pipeline.registry.trainings import list_trainings
 
-    jobs = list_trainings(connect(), loop.name)
+    db = connect()
+    jobs = [describe_job(db, job) for job in _up_to_date(db, list_jobs(db, loop.name))]
+    trainings = list_trainings(db, loop.name)
     if as_json:
-        print_json(jobs)
+        print_json({"jobs": jobs, "trainings": trainings})
         return
-    if not jobs:
+    if jobs:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("job", "created (UTC)", "by", "status", "trained", "left", "loss", "adapter"):
+            table.add_column(heading, no_wrap=True)
+        for job in jobs:
+            table.add_row(
+                job["id"],
+                f"{job['created_at']:%Y-%m-%d %H:%M}",
+                f"{job['created_by']} ({job['origin']})",
+                _status(job),
+                "" if job["percent"] is None else f"{job['percent']:.0f}%",
+                "" if job["seconds_left"] is None else duration(job["seconds_left"]),
+                f"{job['progress']['loss']:.3f}" if job["progress"] else "",
+                job["adapter"] or "",
+            )
+        Console(width=UNLIMITED).print(table)
+    if not trainings:
         click.echo(f"no training of loop {loop.name} has finished; `{with_loop('finetune run', loop)}` runs one")
         return
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, title="" if jobs else None)
     for heading in ("adapter", "finished (UTC)", "method", "mode", "examples", "steps", "loss", "time", "device"):
         table.add_column(heading, no_wrap=True)
-    for job in jobs:
-        loss = f"{job.loss_before:.3f} -> {job.loss_after:.3f}"
-        finished, took = f"{job.created_at:%Y-%m-%d %H:%M}", duration(job.wall_seconds)
-        numbers = (f"{job.examples:,}", f"{job.steps:,}", loss, took, job.device)
-        table.add_row(job.id, finished, job.method, job.mode, *numbers)
+    for one in trainings:
+        loss = f"{one.loss_before:.3f} -> {one.loss_after:.3f}"
+        finished, took = f"{one.created_at:%Y-%m-%d %H:%M}", duration(one.wall_seconds)
+        numbers = (f"{one.examples:,}", f"{one.steps:,}", loss, took, one.device)
+        table.add_row(one.id, finished, one.method, one.mode, *numbers)
     Console(width=UNLIMITED).print(table)
 
 
 @train.command()
-@click.argument("adapter", required=False)
+@click.argument("id", required=False)
 @json_option
 @loop_option
-def show(adapter: str | None, loop: LoopSettings, as_json: bool) -> None:
-    """Show one finished training run, by default the newest.
+def show(id: str | None, loop: LoopSettings, as_json: bool) -> None:
+    """Show one training job or one finished training, by default the newest job.
 
-    ADAPTER is a version that `finetune train list` shows.
+    ID is a job or an adapter that `finetune train list` shows.
     """
     from finetune_pipeline.database import connect
+    from finetune_pipeline.pipeline.jobs import describe_job
     from finetune_pipeline.registry.trainings import list_trainings
 
-    jobs = {job.id: job for job in list_trainings(connect(), loop.name)}
-    if not jobs or (adapter and adapter not in jobs):
-        known = f"its adapters are: {', '.join(jobs)}" if jobs else "no training has finished"
-        raise SettingsError(f"loop {loop.name} has no adapter {adapter or ''}: {known}".replace("  ", " "))
-    job = jobs[adapter or next(iter(jobs))]
-    folder = stage_folder(loop.name, AdapterManifest.stage) / job.id
+    db = connect()
+    trainings = {training.id: training for training in list_trainings(db, loop.name)}
+    newest = list_jobs(db, loop.name, limit=1)
+    if id is None and newest:
+        id = newest[0].id
+    if id is not None and id.startswith("ftjob-"):
+        (job,) = _up_to_date(db, [find_job(db, id)])
+        described = describe_job(db, job)
+        if as_json:
+            print_json({**described, "training": trainings.get(job.adapter or "")})
+            return
+        _show_job(described, [event.message for event in events_of(db, job.id)])
+        if job.adapter not in trainings:
+            return
+        id = job.adapter
+    if not trainings or (id and id not in trainings):
+        known = f"its adapters are: {', '.join(trainings)}" if trainings else "no training has finished"
+        raise SettingsError(f"loop {loop.name} has no adapter {id or ''}: {known}".replace("  ", " "))
+    training = trainings[id or next(iter(trainings))]
+    folder = stage_folder(loop.name, AdapterManifest.stage) / training.id
     if as_json:
-        print_json({**job.model_dump(), "folder": folder if folder.is_dir() else None})
+        print_json({**training.model_dump(), "folder": folder if folder.is_dir() else None})
         return
-    click.echo(click.style(job.id, bold=True))
+    click.echo(click.style(training.id, bold=True))
     worded = {
-        "peak_memory_bytes": f"{job.peak_memory_bytes / 2**30:.2f} GiB",
-        "wall_seconds": duration(job.wall_seconds),
-        "created_at": f"{job.created_at:%Y-%m-%d %H:%M} UTC",
+        "peak_memory_bytes": f"{training.peak_memory_bytes / 2**30:.2f} GiB",
+        "wall_seconds": duration(training.wall_seconds),
+        "created_at": f"{training.created_at:%Y-%m-%d %H:%M} UTC",
     }
-    for name, value in (job.model_dump(exclude={"id"}) | worded).items():
+    for name, value in (training.model_dump(exclude={"id"}) | worded).items():
         shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         title = name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
         click.echo(f"  {title:<18} {'none' if value is None else shown}")
     click.echo(f"  {'files':<18} {folder if folder.is_dir() else 'deleted'}")
+
+
+_EVENTS_SHOWN = 8
+
+
+def _show_job(job: dict[str, Any], events: list[str]) -> None:
+    click.echo(click.style(job["id"], bold=True))
+    click.echo(f"  {'status':<18} {_status(job)}")
+    for name in ("error", "loop", "origin", "created_by", "settings", "dataset", "adapter", "report", "suffix"):
+        if job[name]:
+            click.echo(f"  {name.replace('_', ' '):<18} {job[name]}")
+    for name in ("created_at", "started_at", "finished_at"):
+        if job[name]:
+            click.echo(f"  {name.removesuffix('_at'):<18} {job[name]:%Y-%m-%d %H:%M} UTC")
+    if job["progress"]:
+        from finetune_pipeline.pipeline.train import describe_progress
+        from finetune_pipeline.training.job import Progress
+
+        click.echo(f"  {'progress':<18} {describe_progress(Progress(**job['progress']))}")
+    click.echo(f"  {'Dagster runs':<18} {', '.join(job['runs']) or 'none'}")
+    for number, message in enumerate(events[-_EVENTS_SHOWN:]):
+        click.echo(f"  {'' if number else 'newest events':<18} {message}")
+
+
+def _status(job: dict[str, Any]) -> str:
+    asked = {"launch": "waits for Dagster", "pause": "pausing", "cancel": "canceling"}.get(job["wanted"] or "")
+    return f"{job['status']} ({asked})" if asked else str(job["status"])
+
+
+def _up_to_date(db: Database, jobs: list[TrainingJob]) -> list[TrainingJob]:
+    """Return jobs with the statuses of their runs, as this home's Dagster has them; no webserver is needed."""
+    home = Path(environment()["DAGSTER_HOME"]) if any(job.status in IN_PROGRESS for job in jobs) else None
+    if home is None or not home.is_dir():
+        return jobs
+    import dagster as dg
+
+    from finetune_pipeline.orchestration.storage import storage_errors
+    from finetune_pipeline.orchestration.stored_runs import StoredRuns
+    from finetune_pipeline.pipeline.jobs import refresh
+
+    with storage_errors(home), dg.DagsterInstance.from_config(str(home)) as instance:
+        try:
+            return [refresh(db, StoredRuns(instance), job) for job in jobs]
+        except DatabaseError:  # a read-only home shows what was written last
+            return jobs
+
+
+@train.command()
+@click.argument("id")
+@json_option
+def pause(id: str, as_json: bool) -> None:
+    """Pause a training job: its run ends and its last checkpoint is kept.
+
+    ID is a job that `finetune train list` shows. Dagster has to run, for example by `finetune ui`.
+    """
+    _change(id, "pause", as_json)
+
+
+@train.command()
+@click.argument("id")
+@json_option
+def resume(id: str, as_json: bool) -> None:
+    """Resume a paused training job from its last checkpoint, with another run of Dagster.
+
+    ID is a job that `finetune train list` shows. Dagster has to run, for example by `finetune ui`.
+    """
+    _change(id, "resume", as_json)
+
+
+@train.command()
+@click.argument("id")
+@json_option
+def cancel(id: str, as_json: bool) -> None:
+    """Cancel a training job: its run and training process end, and its last checkpoint is kept.
+
+    ID is a job that `finetune train list` shows. Dagster has to run, for example by `finetune ui`.
+    """
+    _change(id, "cancel", as_json)
+
+
+def _change(id: str, action: Literal["pause", "resume", "cancel"], as_json: bool) -> None:
+    """Pause, resume or cancel a job, wait until that is done, and show the job."""
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.orchestrator import Orchestrator, dagster_url
+    from finetune_pipeline.pipeline import jobs
+
+    db, orchestrator = connect(), Orchestrator(dagster_url(home()))
+    loops = load_loops()
+    name = find_job(db, id).loop
+    if action == "resume":
+        job = jobs.resume(db, orchestrator, load_loop(name), id)
+    else:
+        job = {"pause": jobs.pause, "cancel": jobs.cancel}[action](db, orchestrator, loops.get(name), id)
+        if job.wanted is not None and not as_json:
+            click.echo("waiting until its run has ended; Ctrl-C does not undo it")
+        while job.wanted in ("pause", "cancel"):
+            time.sleep(POLL_SECONDS)
+            job = jobs.sync(db, orchestrator, loops.get(name), job)
+    described = jobs.describe_job(db, job)
+    if as_json:
+        print_json(described)
+    else:
+        click.echo(f"{id} is {_status(described)}")

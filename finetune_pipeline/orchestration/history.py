@@ -6,10 +6,10 @@ from typing import Any
 import dagster as dg
 
 from finetune_pipeline.manifests import PromotionManifest
-from finetune_pipeline.orchestration.automation import LOOP_TAG
 from finetune_pipeline.orchestration.checks import APPROVED
 from finetune_pipeline.orchestration.promoted_model import ACTOR
 from finetune_pipeline.orchestration.resources import FinetuneHome
+from finetune_pipeline.pipeline.jobs import LOOP_TAG
 from finetune_pipeline.registry.deployment_history import PROMOTING, Deployment, list_history
 from finetune_pipeline.registry.model_versions import list_models
 from finetune_pipeline.settings import LoopSettings

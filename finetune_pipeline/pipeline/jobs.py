@@ -192,6 +192,10 @@ def refresh(db: Database, runs: RunReader, job: TrainingJob) -> TrainingJob:
         return job
     known = runs_of(db, job.id)
     found = _runs(runs, job, known)
+    run = next((run for run in found if run.id in known[-1:]), None)
+    lost = datetime.now(UTC) - events_of(db, job.id)[-1].created_at > LOST
+    if known and run is None and job.wanted != "launch" and not lost:
+        return job  # another Dagster may have its run
     if job.wanted in ("pause", "cancel"):
         if any(not run.finished and not _is_dead(runs, run) for run in found):
             return job
@@ -204,12 +208,11 @@ def refresh(db: Database, runs: RunReader, job: TrainingJob) -> TrainingJob:
     if job.wanted == "launch" and not new:
         return job
     if new and add_run(db, job.id, new[0].id):
-        known.append(new[0].id)
-    run = next((run for run in found if run.id in known[-1:]), None)
+        run = new[0]
     if run is None:
-        if datetime.now(UTC) - events_of(db, job.id)[-1].created_at > LOST:
-            lost = f"the run {known[-1]}; it was deleted" if known else "a run of it"
-            _end(db, job.id, "failed", f"Dagster does not have {lost}. Create the job again", unless_wanted=True)
+        if lost:
+            what = f"the run {known[-1]}; it was deleted" if known else "a run of it"
+            _end(db, job.id, "failed", f"Dagster does not have {what}. Create the job again", unless_wanted=True)
     elif run.status == "SUCCESS":
         _end(db, job.id, "completed", "")
     elif run.status == "CANCELED":
@@ -261,10 +264,14 @@ def sync(db: Database, orchestrator: Orchestrator, loop: LoopSettings | None, jo
     if job.status not in IN_PROGRESS:
         return job
     if job.wanted in ("pause", "cancel"):
-        for run in _runs(orchestrator, job, runs_of(db, job.id)):
-            if not run.finished and run.status != "CANCELING":
+        unfinished = [run for run in _runs(orchestrator, job, runs_of(db, job.id)) if not run.finished]
+        for run in unfinished:
+            if run.status != "CANCELING":
                 orchestrator.terminate(run.id)
-        job = refresh(db, orchestrator, job)
+        if unfinished:
+            refresh(db, orchestrator, job)
+        else:  # the run was deleted
+            _end_as_wanted(db, job)
     elif job.wanted == "launch" and loop is None:
         _end(db, job.id, "failed", f"there is no loop {job.loop} any more")
     elif job.wanted == "launch" and claim_launch(db, job.id, LAUNCH_AGAIN):
@@ -348,6 +355,19 @@ def _job_of(db: Database, loop: LoopSettings | None, id: str) -> TrainingJob:
     if loop is not None and job.loop != loop.name:
         raise UnknownJobError(f"the job {id} belongs to the loop {job.loop}, not to {loop.name}")
     return job
+
+
+def describe_job(db: Database, job: TrainingJob) -> dict[str, Any]:
+    """Return what the API and `finetune train show` say about a job: its row, its runs and how far the training is.
+
+    `percent` is of the training's steps, `seconds_left` is None unless it trains, and the figures of the training, such
+    as epoch, step, loss, validation_loss, learning_rate and memory_bytes, are in `progress`.
+    """
+    steps = job.progress.get("steps")
+    percent = round(100 * job.progress["step"] / steps, 1) if steps else None
+    left = job.progress.get("seconds_left") if job.status == "running" and job.adapter is None else None
+    shown = job.model_dump(exclude={"request_sha256"})
+    return {**shown, "percent": percent, "seconds_left": left, "runs": runs_of(db, job.id)}
 
 
 def job_id_of(started_by: str) -> str:

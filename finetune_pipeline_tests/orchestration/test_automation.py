@@ -11,12 +11,15 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.content_hash import content_hash
 from finetune_pipeline.feedback.store import mark_judged, newest_offset
 from finetune_pipeline.orchestration.automation import FIRST_ATTEMPT_TAG, WATERMARK_TAG, next_run
+from finetune_pipeline.orchestration.resources import FinetuneHome
 from finetune_pipeline.pipeline.ingest import ingest
-from finetune_pipeline.pipeline.jobs import LOOP_TAG
+from finetune_pipeline.pipeline.jobs import JOB_TAG, LOOP_TAG, job_of_run
 from finetune_pipeline.pipeline.pending import count_new
 from finetune_pipeline.registry.comparisons import ComparisonRecord
+from finetune_pipeline.registry.training_jobs import list_jobs, runs_of
+from finetune_pipeline.settings import home
 from finetune_pipeline_tests.conftest import feedback, interaction
-from finetune_pipeline_tests.orchestration.conftest import corrected, write_events
+from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
 from finetune_pipeline_tests.registry.conftest import record_comparison
 from finetune_pipeline_tests.sources.test_files import write_as
 
@@ -60,6 +63,45 @@ def test_enough_new_examples_start_the_whole_loop(loop, instance):
     assert isinstance(request, dg.RunRequest)
     assert request.asset_selection is None
     assert request.run_key == "notes:0:10:attempt1"
+
+
+def test_the_job_of_a_request_exists_before_its_run(loop, instance):
+    ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
+    made = definitions(loop)
+    resources = {"finetune_home": FinetuneHome(path=str(home()))}
+    for _ in range(2):  # the daemon was killed after the first evaluation, and evaluates it again
+        context = dg.build_sensor_context(instance, sensor_name="notes_new_examples", resources=resources)
+        request = made.get_sensor_def("notes_new_examples").evaluate_tick(context).run_requests[0]
+        (job,) = list_jobs(connect())
+        assert (job.status, job.origin, job.created_by) == ("pending", "sensor", "notes_new_examples")
+        assert request.tags[JOB_TAG] == job.id and request.tags[WATERMARK_TAG] == "0"
+    started = job_of_run(connect(), "notes", "run", request.tags)  # in its first step
+    assert started.id == job.id and runs_of(connect(), job.id) == ["run"]
+
+
+@pytest.mark.parametrize("name", ["nightly", "yearly"])
+def test_a_request_of_a_schedule_has_a_job_of_its_own(loop, instance, name):
+    ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
+    schedule = definitions(loop).get_schedule_def(f"notes_{name}")
+    for night in (1, 2):
+        context = dg.build_schedule_context(
+            instance, datetime(2026, 1, night, tzinfo=UTC), resources={"finetune_home": FinetuneHome(path=str(home()))}
+        )
+        (request,) = schedule.evaluate_tick(context).run_requests
+        assert list_jobs(connect())[0].origin == "schedule"
+        assert request.tags[JOB_TAG] in {job.id for job in list_jobs(connect())}
+        assert bool(request.run_config) == (name == "yearly")
+    # The nightly evaluation asks for the same run again, and the yearly training is another one each time.
+    assert len(list_jobs(connect())) == (1 if name == "nightly" else 2)
+
+
+def test_a_run_that_only_reads_files_is_no_training_job(loop, instance):
+    write_events(loop.drop_folder / "log.jsonl", *corrected(["ash"]))
+    context = dg.build_sensor_context(
+        instance, sensor_name="notes_new_examples", resources={"finetune_home": FinetuneHome(path=str(home()))}
+    )
+    (request,) = definitions(loop).get_sensor_def("notes_new_examples").evaluate_tick(context).run_requests
+    assert request.asset_selection and JOB_TAG not in request.tags and list_jobs(connect()) == []
 
 
 def test_only_what_curation_would_accept_counts_once(loop, instance):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import dagster as dg
+import psutil
 import pytest
 import sqlalchemy as sa
 import yaml
@@ -21,8 +22,12 @@ from dagster_shared.error import SerializableErrorInfo
 from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.cli.run import new_run
+from finetune_pipeline.database import connect
 from finetune_pipeline.orchestration.local_run import run_loop
 from finetune_pipeline.orchestration.run_events import RunEvents, cause
+from finetune_pipeline.orchestration.stored_runs import StoredRuns
+from finetune_pipeline.pipeline.jobs import JOB_TAG, refresh
+from finetune_pipeline.registry.training_jobs import list_jobs, runs_of
 from finetune_pipeline.settings import home
 from finetune_pipeline_tests.orchestration.test_alerts import evaluate
 from finetune_pipeline_tests.processes import descendants
@@ -48,6 +53,11 @@ def the_run():
     with dg.DagsterInstance.get() as instance:
         (run,) = instance.get_runs()
         return run
+
+
+def the_job():
+    (job,) = list_jobs(connect(), "notes")
+    return job
 
 
 def started_run(instance):
@@ -83,6 +93,9 @@ def test_a_run_of_the_code_locations_job_shows_steps_checks_and_messages(loop, w
     origin = run.remote_job_origin.repository_origin
     assert (run.job_name, origin.get_label()) == ("notes_loop", "__repository__@small")
     assert run.tags["finetune/loop"] == "notes"
+    job = the_job()
+    assert (job.status, job.origin, job.created_by) == ("completed", "cli", "cli")
+    assert run.tags[JOB_TAG] == job.id and runs_of(connect(), job.id) == [run.run_id]
     label = {".dagster/repository": "__repository__@small"}  # the filter of a job's page in the UI
     with dg.DagsterInstance.get() as instance:
         assert instance.get_runs(dg.RunsFilter(job_name="notes_loop", tags=label)) == [run]
@@ -103,6 +116,7 @@ def test_a_failed_step_shows_its_cause(loop, workspace, monkeypatch, second, rea
     assert re.fullmatch(rf"second           failed after \d+\.\d s: {re.escape(reason)}", lines[-5])
     log = Path(lines[-4].strip().rpartition(" ")[2])
     assert lines[-4].startswith("the run did not succeed") and "STEP_FAILURE" in log.read_text()
+    assert (the_job().status, the_job().error) == ("failed", f"the run failed; its log is {log}")
     assert lines[-2] == "next      fix the cause, then `finetune run --loop notes`; finished work is reused"
 
 
@@ -192,6 +206,24 @@ def test_a_signal_ends_the_run_and_its_children(workspace, tmp_path, number):
     assert "run it again with `finetune run --loop notes`: finished work is reused" in rest
     assert the_run().status == dg.DagsterRunStatus.CANCELED
     assert (tmp_path / "cleaned_up").exists()
+    assert the_job().status == "canceled"
+
+
+def test_a_run_whose_command_was_killed_fails_its_job(workspace, tmp_path):
+    """Dagster has the run as started for ever: nobody reports its end."""
+    environ = {**os.environ, "SECOND": "sleep", "CLEANED_UP": str(tmp_path / "cleaned_up")}
+    command = [sys.executable, "-c", RUN.format(workspace=str(workspace))]
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+    next(line for line in process.stdout if "sleeping" in line)
+    with dg.DagsterInstance.get() as instance:
+        assert refresh(connect(), StoredRuns(instance), the_job()).status == "running"
+        (run,) = descendants("orchestration.run_job", psutil.Process(process.pid))
+        process.kill()
+        process.communicate()
+        psutil.wait_procs([run])
+        job = refresh(connect(), StoredRuns(instance), the_job())
+    assert (job.status, job.error) == ("failed", f"the process of the run {the_run().run_id} was killed")
+    assert the_run().status == dg.DagsterRunStatus.STARTED
 
 
 @pytest.mark.slow
@@ -210,6 +242,7 @@ def test_a_run_that_is_canceled_elsewhere_ends(loop, workspace, tmp_path, monkey
     assert code == 1 and "stopping the run; press Ctrl-C again to kill it" in lines
     assert lines[-2].startswith("canceled, nothing was promoted") and "finished work is reused" in lines[-1]
     assert the_run().status == dg.DagsterRunStatus.CANCELED
+    assert the_job().status == "canceled"
 
 
 @pytest.mark.slow
@@ -273,6 +306,7 @@ def test_definitions_that_do_not_load_are_shown(loop, workspace):
     workspace.write_text(yaml.safe_dump(content))
     code, lines = run_and_read(loop, workspace)
     assert code == 1 and any("no_such_module" in line for line in lines)
+    assert the_job().status == "failed"
     assert "the complete log is in" in lines[-3]
 
 

@@ -290,6 +290,11 @@ def test_a_run_that_was_deleted_fails_the_job_after_an_hour(db, dagster, loop, j
     )  # fmt: skip
 
 
+def test_a_job_whose_run_was_deleted_is_canceled_at_once(db, dagster, loop, job):
+    dagster.recorded.clear()
+    assert cancel(db, dagster, loop, job.id).status == "canceled"
+
+
 def test_a_job_of_the_sensor_that_was_never_launched_fails(db, dagster, loop, at_once):
     job = TrainingJob(
         id=new_job_id(), loop="notes", origin="sensor", created_by="notes_new_examples", created_at=datetime.now(UTC)
