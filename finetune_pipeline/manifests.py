@@ -176,5 +176,6 @@ class PromotionManifest(Manifest):
     model_id: str
     model: str = Field(description="loop@version")
     fixed: int = Field(default=0, description="Corrections that it fixed, which are questions of the regression suite.")
+    sealed: str = Field(default="", description="What the look at the sealed benchmark found; empty without one.")
     gguf_path: str
     previous_id: str | None

@@ -1210,6 +1210,12 @@ class EvaluationSettings(Settings):
     max_tokens: int = Field(default=256, ge=1, description="Maximum tokens of an answer.")
     context: int = Field(default=2048, ge=64, description="Maximum tokens of prompt and answer together.")
     parallel: int = Field(default=8, ge=1, le=64, description="Prompts decoded in parallel.")
+    sealed_benchmark: LoopPath | None = Field(
+        default=None,
+        description="A second benchmark that is asked only at every sealed_every-th promotion. It tells whether the "
+        "first one has been overfitted, and decides nothing; its answers are not shown.",
+    )
+    sealed_every: int = Field(default=5, ge=1, description="Promotions from one look at sealed_benchmark to the next.")
     price_per_hour: float | None = Field(
         default=None,
         gt=0,
@@ -1228,6 +1234,15 @@ class EvaluationSettings(Settings):
             raise sentence_error(
                 "samples needs a metric that scores one answer, and metric: judge compares two; set samples: 0, or "
                 "another metric for the gate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sealed_answers_are_scored_one_by_one(self) -> "EvaluationSettings":
+        if self.sealed_benchmark and self.metric.kind == "judge":
+            raise sentence_error(
+                "sealed_benchmark needs a metric that scores one answer, and metric: judge compares two; remove it, or "
+                "set another metric for the gate"
             )
         return self
 

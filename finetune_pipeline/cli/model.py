@@ -264,15 +264,16 @@ def history(loop: LoopSettings, as_json: bool) -> None:
     rollback: a person chose an earlier version. reject, archive and unarchive do not change the champion.
     """
     from finetune_pipeline.database import connect
+    from finetune_pipeline.pipeline.sealed_benchmark import sealed_findings
     from finetune_pipeline.registry.deployment_history import list_history
     from finetune_pipeline.registry.model_versions import list_models
 
     database = connect()
     versions = {version.id: version.name for version in list_models(database, loop.name)}
-    rows = list_history(database, loop.name)
+    rows, sealed = list_history(database, loop.name), sealed_findings(database, loop.name)
     names = {one.model_id: versions.get(one.model_id or "", f"{loop.name}@{one.model_id or 'base'}") for one in rows}
     if as_json:
-        print_json([{**one.model_dump(), "model": names[one.model_id]} for one in rows])
+        print_json([{**one.model_dump(), "model": names[one.model_id], "sealed": sealed.get(one.id)} for one in rows])
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("time (UTC)", "action", "model", "actor", "reason"):
@@ -281,7 +282,9 @@ def history(loop: LoopSettings, as_json: bool) -> None:
         click.echo(f"loop {loop.name} has no deployments yet; the base model serves")
         return
     for one in rows:
-        table.add_row(f"{one.created_at:%Y-%m-%d %H:%M}", one.action, names[one.model_id], one.actor, one.reason)
+        found = f"\nsealed benchmark, {sealed[one.id]}" if one.id in sealed else ""
+        cells = (f"{one.created_at:%Y-%m-%d %H:%M}", one.action, names[one.model_id], one.actor)
+        table.add_row(*cells, one.reason + found)
     Console().print(table)
 
 

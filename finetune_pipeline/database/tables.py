@@ -416,6 +416,21 @@ regression_questions = sa.Table(
     comment="Corrections that a promotion fixed. Asked while the example is what it was then.",
 )
 
+sealed_looks = sa.Table(
+    "sealed_looks",
+    metadata,
+    sa.Column("loop", sa.String(60), primary_key=True),
+    sa.Column("deployment_id", sa.Integer, primary_key=True, comment="The promotion at which it was asked."),
+    sa.Column("model_id", sa.String(64), nullable=False),
+    sa.Column("sealed_sha256", sa.String(64), nullable=False, comment="Of the sealed benchmark."),
+    sa.Column("benchmark_sha256", sa.String(64), nullable=False, comment="Of the open one."),
+    sa.Column("settings_sha256", sa.String(64), nullable=False, comment="Of metric, schema and decoding."),
+    sa.Column("sealed_scores", sa.JSON, nullable=False, comment="Question -> correct, total, cluster."),
+    sa.Column("open_scores", sa.JSON, nullable=False),
+    sa.Column("created_at", Timestamp, nullable=False),
+    comment="Scores on evaluation.sealed_benchmark, with those on the open benchmark; no answers.",
+)
+
 deployment_targets = sa.Table(
     "deployment_targets",
     metadata,

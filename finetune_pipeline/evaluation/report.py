@@ -255,6 +255,19 @@ def score_of_report(path: Path) -> ReportScore:
         return ReportScore(data["benchmark_sha256"], data["metric"], totals["correct"] / totals["total"])
 
 
+def scores_by_question(path: Path) -> dict[str, tuple[int, int, str | None]]:
+    """Return the challenger's score on each question in a report: correct, total and cluster by id.
+
+    Raises:
+        ReportError: the report is missing, or another version of this project wrote it.
+    """
+    with _open_report(path) as data:
+        return {
+            one["id"]: (one["challenger"]["correct"], one["challenger"]["total"], one.get("cluster"))
+            for one in data["questions"]
+        }
+
+
 def metrics_of_report(path: Path) -> ReportMetrics:
     """Return the table of metrics in a report.
 

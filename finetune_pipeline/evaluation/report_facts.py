@@ -80,6 +80,7 @@ class ReportFacts:
     Attributes:
         use: metrics of each model from use; a value that was not measured is None.
         training: metrics of each model's training.
+        sealed: what the newest look at the sealed benchmark found; empty without one.
         hashes: name -> SHA-256 or version of everything that the report is about.
     """
 
@@ -88,6 +89,7 @@ class ReportFacts:
     curves: Sequence[TrainingCurve] = ()
     data: Sequence[ReportedData] = ()
     trend: Trend = field(default_factory=Trend)
+    sealed: str = ""
     hashes: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -26,7 +26,7 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
         DatasetManifest,
         "raw_logs",
         depends_on=dataset_settings(loop),
-        files=(loop.evaluation.benchmark, loop.output_schema, loop.curation.replay),
+        files=(loop.evaluation.benchmark, loop.evaluation.sealed_benchmark, loop.output_schema, loop.curation.replay),
         kinds={"huggingface"},
     )
     def curated_dataset(

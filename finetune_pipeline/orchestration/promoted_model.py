@@ -82,6 +82,8 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             "corrections fixed": result.artifact.manifest.fixed,
             "reason": verdict.reason,
         }
+        if result.artifact.manifest.sealed:
+            metadata["sealed benchmark"] = result.artifact.manifest.sealed
         yield materialized(result.artifact, metadata)
         yield from _approved(loop, find_approval(connect(), loop.name, eval_report.manifest.comparison_id))
         if loop.deploy.followers:  # after the promotion was recorded: an upload may take long, and be killed

@@ -59,8 +59,7 @@ def dataset_settings(loop: LoopSettings) -> dict[str, Any]:
 
 def curation_files(loop: LoopSettings) -> dict[str, str]:
     """Return the hashes of the files that decide what is in a dataset, by name."""
-    return loop_files.hashes(
-        benchmark=project_path(loop.evaluation.benchmark),
+    return loop_files.question_files(loop) | loop_files.hashes(
         output_schema=project_path(loop.output_schema) if loop.output_schema else None,
         replay=loop_files.replay_path(loop),
         tokenizer=loop_files.tokenizer_path(loop),

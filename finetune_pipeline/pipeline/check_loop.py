@@ -187,6 +187,7 @@ def _files(loop: LoopSettings) -> Iterator[tuple[str, str]]:
     yield from _at("evaluation.compliance", without_rules)
     if not (without_schema or without_benchmark or without_rules):
         yield from _at("evaluation", _problems(lambda: loop_files.scorer(loop)))
+        yield from _at("evaluation.sealed_benchmark", _problems(lambda: loop_files.sealed_benchmark(loop)))
     yield from _at("curation.replay", _problems(lambda: loop_files.replay(loop)))
 
 

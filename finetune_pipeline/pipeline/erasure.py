@@ -154,7 +154,9 @@ def _files_with(texts: set[str], held: HeldData) -> dict[Path, int]:
     found_paths = [path for stage in stages for path in sorted(stage_folder(held.name, stage).rglob("*"))]
     paths = [path for path in found_paths if path.suffix in {".json", ".jsonl", ".html", ".md"}]
     if held.loop:
-        paths += [project_path(path) for path in (held.loop.evaluation.benchmark, held.loop.curation.replay) if path]
+        evaluation = held.loop.evaluation
+        named = (evaluation.benchmark, evaluation.sealed_benchmark, held.loop.curation.replay)
+        paths += [project_path(path) for path in named if path]
     forms = [
         {text, html.escape(text), *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (True, False))}
         for text in (text.strip() for text in texts)

@@ -160,6 +160,7 @@ def _compare(
         served = ModelSpec(gguf=current.model.gguf_path, adapter=current.model.adapter_path)
         champion = Contender(current.model.name, served)
     scorer, progress = scorer_with_agreement(loop, log), ProgressLog(log)
+    loop_files.sealed_benchmark(loop)  # its errors now, and not after the verdict
     comparison = compare_models(
         champion,
         Contender("challenger", model_spec(gguf)),
@@ -252,8 +253,9 @@ def _write_report(
 
 def comparison_settings(loop: LoopSettings) -> dict[str, Any]:
     """Return the settings for which a comparison is valid; other settings need another comparison."""
+    irrelevant = {"parallel", "price_per_hour", "sealed_benchmark", "sealed_every"}
     return {
-        "evaluation": loop.evaluation.model_dump(exclude={"parallel", "price_per_hour"}),
+        "evaluation": loop.evaluation.model_dump(exclude=irrelevant),
         "gate": loop.gate.model_dump(),
         "system_prompt": loop.system_prompt,
         "constrain": loop.constrain,

@@ -17,7 +17,7 @@ from finetune_pipeline.curation.dataset_files import DatasetExample
 from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.redaction import redact
-from finetune_pipeline.evaluation.benchmark import Benchmark, load_benchmark
+from finetune_pipeline.evaluation.benchmark import Benchmark, BenchmarkError, load_benchmark
 from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.feedback.content_hash import content_hash
@@ -64,6 +64,35 @@ def benchmark(loop: LoopSettings) -> Benchmark:
     return load_benchmark(project_path(loop.evaluation.benchmark), output_schema(loop))
 
 
+def sealed_benchmark(loop: LoopSettings) -> Benchmark | None:
+    """Return the loop's sealed benchmark; None without one.
+
+    Raises:
+        BenchmarkError: it cannot be used, or shares questions with the open benchmark.
+        MetricError: the gate's metric cannot score its questions.
+    """
+    if loop.evaluation.sealed_benchmark is None:
+        return None
+    path = project_path(loop.evaluation.sealed_benchmark)
+    sealed = load_benchmark(path, output_schema(loop))
+    known = {question.asked_hash for question in benchmark(loop).all_questions}
+    shared = [question.id for question in sealed.all_questions if question.asked_hash in known]
+    if shared:
+        raise BenchmarkError(
+            f"{path}: {len(shared):,} of {len(sealed.all_questions):,} questions of the sealed benchmark are in the "
+            f"benchmark too ({', '.join(shared[:3])}); only other questions tell whether that one is overfitted. "
+            "Remove them from the sealed one"
+        )
+    scorer(loop).metric.check(sealed.questions)
+    return sealed
+
+
+def question_files(loop: LoopSettings) -> dict[str, str]:
+    """Return the hashes of the benchmarks, whose questions must not train, by name."""
+    paths = {"benchmark": loop.evaluation.benchmark, "sealed_benchmark": loop.evaluation.sealed_benchmark}
+    return hashes(**{name: project_path(text) for name, text in paths.items() if text})
+
+
 def rules(loop: LoopSettings) -> tuple[Rule, ...]:
     """Return the loop's compliance rules."""
     return load_rules(project_path(loop.evaluation.compliance)) if loop.evaluation.compliance else ()
@@ -104,8 +133,10 @@ def policy(loop: LoopSettings) -> Policy:
     is cached until mtime or size of the files change.
     """
     schema = project_path(loop.output_schema) if loop.output_schema else None
-    path = project_path(loop.evaluation.benchmark)
-    index, validator = _index_and_validator(path, schema, loop.curation.redaction, _stamp(path), _stamp(schema))
+    names = (loop.evaluation.benchmark, loop.evaluation.sealed_benchmark)
+    paths = tuple(project_path(name) for name in names if name)
+    stamps = [_stamp(path) for path in (*paths, schema)]
+    index, validator = _index_and_validator(paths, schema, loop.curation.redaction, *stamps)
     quotas = {source.name: Quota(source.max_examples, source.max_fraction) for source in loop.sources}
     tokenizer = tokenizer_path(loop)
     tokens = _token_counter(tokenizer.parent, tokenizer, _stamp(tokenizer)) if tokenizer else None
@@ -130,10 +161,14 @@ def identity(example: Example) -> str:
 
 @lru_cache(maxsize=16)
 def _index_and_validator(
-    path: Path, schema: Path | None, redaction: RedactionSettings, *_stamps: object
+    benchmarks: tuple[Path, ...], schema: Path | None, redaction: RedactionSettings, *_stamps: object
 ) -> tuple[NearIndex, Validator]:
     output_schema = load_schema(schema) if schema else None
-    questions = {question.id: question.prompt for question in load_benchmark(path, output_schema).all_questions}
+    questions = {
+        (question.id if number == 0 else f"{question.id}, sealed"): question.prompt
+        for number, path in enumerate(benchmarks)
+        for question in load_benchmark(path, output_schema).all_questions
+    }
     return question_index(questions, redaction), answer_validator(output_schema)
 
 

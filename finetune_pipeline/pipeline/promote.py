@@ -39,9 +39,11 @@ from finetune_pipeline.pipeline.export import model_spec
 from finetune_pipeline.pipeline.lineage import card
 from finetune_pipeline.pipeline.regression_suite import fixed_corrections
 from finetune_pipeline.pipeline.required_checks import check_passed, check_proven
+from finetune_pipeline.pipeline.sealed_benchmark import sealed_findings, sealed_scores
 from finetune_pipeline.registry.approvals import Approval, ApprovalError
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.comparisons import find_comparison
+from finetune_pipeline.registry.deployment_history import list_deployments
 from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError
 from finetune_pipeline.registry.regression_questions import questions_of_model
@@ -92,7 +94,8 @@ def promote_challenger(
 
     Otherwise ask for the approval; a later call promotes once it is there. The model card is written afterwards.
 
-    The corrections that it fixes become questions of the regression suite in the transaction that moves the pointer.
+    The corrections that it fixes become questions of the regression suite in the transaction that moves the pointer,
+    and so its scores on the sealed benchmark are recorded.
 
     Args:
         actor: who promotes, for the deployment history.
@@ -101,7 +104,7 @@ def promote_challenger(
         ReportMismatchError: the report is not about these files, settings or this champion.
         RequiredChecksError: a blocking check of what the challenger was made from did not pass.
         ChampionChangedError: another process changed the champion at the same time.
-        EngineError: the challenger cannot answer the corrections.
+        EngineError: the challenger cannot answer the corrections or the sealed benchmark.
         ApprovalError: the champion changed since the comparison, so nobody is asked.
     """
     verdict = verify_report(loop, report, gguf)
@@ -118,10 +121,14 @@ def promote_challenger(
         if approval.state != "approved":
             return NotApproved(approval)
         action, actor, reason = "approve", approval.actor or actor, f"{approval.reason}; {reason}"
-    # An earlier try that made it the champion recorded them.
-    fixed = fixed_corrections(loop, gguf, loop_files.scorer(loop), ProgressLog(log)) if is_new else []
+    fixed, sealed = [], None
+    if is_new:  # else an earlier try that made it the champion recorded them
+        scorer, progress = loop_files.scorer(loop), ProgressLog(log)
+        fixed = fixed_corrections(loop, gguf, scorer, progress)
+        sealed = sealed_scores(loop, model_spec(gguf), report.path / JSON, scorer, progress)
+    config = loop.deploy.config
     model = promote(
-        connect(), candidate, previous_id, actor, reason, comparison_id, action, loop.deploy.config, fixed=fixed
+        connect(), candidate, previous_id, actor, reason, comparison_id, action, config, fixed=fixed, sealed=sealed
     )
     return Promotion(_record(loop, model, report.manifest.version, previous_id), model, verdict)
 
@@ -231,6 +238,7 @@ def _record(
             "gguf_path": str(model.gguf_path),
             "previous_id": previous_id,
             "fixed": questions_of_model(connect(), loop.name, model.id),
+            "sealed": sealed_findings(connect(), loop.name).get(list_deployments(connect(), loop.name)[-1].id, ""),
         }
 
     version = version_of(inputs, {"model": model.name, "card": MODEL_CARD})

@@ -22,6 +22,7 @@ from finetune_pipeline.evaluation.report_facts import (
 )
 from finetune_pipeline.feedback.statistics import UseStatistics, use_statistics
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
+from finetune_pipeline.pipeline.sealed_benchmark import sealed_findings
 from finetune_pipeline.registry.champion import BASE
 from finetune_pipeline.registry.model_versions import CandidateModel, list_models
 from finetune_pipeline.training.job import RESULT, TrainingResult
@@ -77,6 +78,7 @@ def collect_facts(
         curves=[curve for curve in curves.values() if curve],
         data=[one for one in data if one],
         trend=trend(loop, database, comparison),
+        sealed=next(reversed(sealed_findings(database, loop).values()), ""),
         hashes=hashes,
     )
 

@@ -78,9 +78,9 @@ def near_benchmark(loop: LoopSettings, datasets: Iterable[str]) -> str | None:
     Raises:
         ArtifactError: a dataset is missing, or was edited.
     """
-    now = loop_files.judging_files(loop)["benchmark"]
+    now = loop_files.question_files(loop)
     for dataset in (dataset_of(loop.name, version) for version in datasets):
-        if dataset.manifest.inputs.get("benchmark") == now:
+        if now.items() <= dataset.manifest.inputs.items():
             continue
         near = inspect_dataset(dataset.path, loop_files.policy(loop)).near_benchmark
         if near:

@@ -49,6 +49,8 @@ def run_summary(loop: LoopSettings, run_id: str, *, succeeded: bool) -> Iterator
         yield f"promoted  {promotion.manifest.model}"
         if promotion.manifest.fixed:
             yield f"fixed     {counted(promotion.manifest.fixed, 'correction')}, now in the regression suite"
+        if promotion.manifest.sealed:
+            yield f"sealed    {promotion.manifest.sealed}"
         yield f"GGUF      {promotion.manifest.gguf_path}"
         yield f'next      try it:   {with_loop("finetune ask", loop)} "..."'
         yield "          serve it: finetune serve"

@@ -39,6 +39,7 @@ from finetune_pipeline.registry.model_versions import (
     version_in,
 )
 from finetune_pipeline.registry.regression_questions import RegressionQuestion, record_questions_in
+from finetune_pipeline.registry.sealed_looks import SealedScores, record_look_in
 
 BASE = "base"
 
@@ -116,6 +117,7 @@ def promote(
     action: Literal["promote", "approve", "force"] = "promote",
     config: Config = None,
     fixed: Sequence[RegressionQuestion] = (),
+    sealed: SealedScores | None = None,
 ) -> ModelVersion:
     """Register a candidate and make it the champion, in one transaction.
 
@@ -134,6 +136,7 @@ def promote(
             requires the expected champion.
         config: `deployment_config`, for the history.
         fixed: corrections that the candidate answers correctly, for the regression suite.
+        sealed: its scores on the sealed benchmark, if this promotion asks it.
 
     Raises:
         ChampionChangedError: the champion changed since the comparison; nothing was changed.
@@ -155,7 +158,10 @@ def promote(
         check_files_exist(candidate)  # they may have been deleted while this waited for the lock
         model = register_in(locked.connection, candidate, locked.now)
         record_questions_in(locked.connection, candidate.loop, model.id, fixed, locked.now)
-        return locked.deploy(model.id, action, actor, reason, comparison_id, config) or model
+        model = locked.deploy(model.id, action, actor, reason, comparison_id, config) or model
+        if sealed and locked.current_id != model.id:
+            record_look_in(locked.connection, candidate.loop, model.id, sealed, locked.now)
+        return model
 
 
 def switch(
