@@ -263,8 +263,8 @@ def _weigh(found: Significance, gain: int, required_gain: int, total: int, setti
     falls_short = gain < required_gain and found.gain_high < needed
     numbers = (
         f"{counted(found.wins, 'question')} won, {found.losses:,} lost, {found.ties:,} equal: "
-        f"p = {found.p_value:.2g} by {found.method}, at most {level:.2g} is significant; the gain is {100 * found.gain_low:+.1f} to "
-        f"{100 * found.gain_high:+.1f} points (95% confidence interval)"
+        f"p = {found.p_value:.2g} by {found.method}, at most {level:.2g} is significant; "
+        f"the gain is {100 * found.gain_low:+.1f} to {100 * found.gain_high:+.1f} points (95% confidence interval)"
     )
     if gain >= required_gain and gains:
         return _Evidence(gains, falls_short, None, numbers)
