@@ -792,6 +792,10 @@ class ServingSettings(Settings):
     upstream: UpstreamSettings | None = Field(
         default=None, description="Server that answers instead of a local llama.cpp engine."
     )
+    target: str | None = Field(
+        default=None,
+        description="Name of the deployment target that answers instead, always with the release that is active there.",
+    )
     fallback: Literal["base"] | UpstreamSettings | None = Field(
         default="base", description="What answers if the champion cannot: the base model, another server, or null."
     )
@@ -832,6 +836,12 @@ class ServingSettings(Settings):
         le=1,
         description="Answers with a lower confidence are flagged for review; default: curation.min_confidence.",
     )
+
+    @model_validator(mode="after")
+    def _one_server_answers(self) -> "ServingSettings":
+        if self.upstream is not None and self.target is not None:
+            raise sentence_error("upstream and target both name the server that answers; set one of them")
+        return self
 
 
 class TargetSettings(Settings):
@@ -1470,6 +1480,20 @@ class LoopSettings(Settings):
         if self.serving.constrain == "schema" and self.output_schema is None:
             raise sentence_error(
                 "serving.constrain: schema needs output_schema; set it, or set serving.constrain: none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _serving_target_answers(self) -> "LoopSettings":
+        name, servers = self.serving.target, [one for one in self.deploy.targets if isinstance(one, ServerTarget)]
+        found = next((one for one in servers if one.key == name), None)
+        if name is not None and found is None:
+            known = ", ".join(one.key for one in servers) or "none"
+            raise sentence_error(f"serving.target: {name} is no server of deploy.targets; there are: {known}")
+        if found is not None and found.keep < 2:
+            raise sentence_error(
+                f"serving.target: {name} has keep: 1, so the release that the gateway asks would be removed before it "
+                "follows to the next one; set keep to at least 2"
             )
         return self
 

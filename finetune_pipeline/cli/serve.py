@@ -106,7 +106,8 @@ def _export_base_models(loops: Sequence[LoopSettings], database: "Database") -> 
     from finetune_pipeline.registry.champion import champion
 
     for loop in loops:
-        if loop.serving.upstream is None and champion(database, loop.name) is None:
+        local = loop.serving.upstream is None and loop.serving.target is None
+        if local and champion(database, loop.name) is None:
             try:
                 base_gguf(loop, lambda step, loop=loop: click.echo(f"{loop.name}: {step}"))  # type: ignore[misc]
             except (ExportError, ArtifactError) as error:  # the other loops, or its fallback, can serve

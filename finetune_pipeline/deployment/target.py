@@ -109,8 +109,12 @@ class Target(Protocol):
             Where the staged release answers, with its own model name; None if the target answers no requests.
         """
 
-    def activate(self, release: Release) -> None:
-        """Let the name that applications use mean this release. It was staged before."""
+    def activate(self, release: Release) -> UpstreamSettings | None:
+        """Let the name that applications use mean this release. It was staged before.
+
+        Returns:
+            Where the gateway asks for the release from now on; None if that is where it was staged.
+        """
 
     def remove_old(self, keep: Collection[str]) -> Sequence[str]:
         """Remove the loop's other releases from the target, and return their labels.

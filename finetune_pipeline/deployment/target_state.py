@@ -21,6 +21,7 @@ from finetune_pipeline.database import Database, DatabaseError
 from finetune_pipeline.database.statements import insert_if_absent
 from finetune_pipeline.database.tables import deployment_targets
 from finetune_pipeline.records import Record, UtcDatetime
+from finetune_pipeline.settings import UpstreamSettings
 
 LEASE_SECONDS = 60.0
 """How long a lease holds without being renewed, and so how long others wait after a `kill -9`."""
@@ -30,6 +31,21 @@ State = Literal["pending", "active", "failed", "rejected", "drifted"]
 
 class LeaseLostError(RuntimeError):
     """Another process has taken the lease, because this one did not renew its lease in time."""
+
+
+class ActiveRelease(Record):
+    """The release that was activated last on a target that answers requests, for a gateway that asks it.
+
+    Attributes:
+        label: of the release.
+        upstream: where it answers.
+        vocabulary: a GGUF with the tokenizer, if the server reads control tokens in messages and takes token ids
+            instead.
+    """
+
+    label: str
+    upstream: UpstreamSettings
+    vocabulary: str | None = None
 
 
 class TargetState(Record):
@@ -64,6 +80,12 @@ class TargetState(Record):
     observed_at: UtcDatetime | None = None
     locked_by: str | None = None
     locked_until: UtcDatetime | None = None
+
+    @property
+    def active(self) -> ActiveRelease | None:
+        """The release that was activated last; None if there is none, or the target answers no requests."""
+        found = self.facts.get("active")
+        return None if found is None else ActiveRelease.model_validate(found)
 
     @property
     def summary(self) -> str:

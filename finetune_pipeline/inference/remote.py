@@ -7,10 +7,12 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from finetune_pipeline.inference.confidence import confidence
 from finetune_pipeline.inference.errors import ContextExceeded, RequestRefused, UpstreamFailed
+from finetune_pipeline.inference.escaped_prompt import EscapedPrompts
 from finetune_pipeline.inference.protocol import Completion, Delta, GenerateRequest, TopLogprob
 from finetune_pipeline.settings import UpstreamSettings
 
@@ -35,12 +37,21 @@ class RemoteModel:
     Args:
         via: the id of the gateway that sends the requests.
         named_by: the setting or argument that names the server, for errors.
+        vocabulary: a GGUF with the model's tokenizer, if the server reads control tokens in messages and takes token
+            ids instead.
     """
 
-    def __init__(self, settings: UpstreamSettings, via: str = "", named_by: str = "serving.upstream") -> None:
+    def __init__(
+        self,
+        settings: UpstreamSettings,
+        via: str = "",
+        named_by: str = "serving.upstream",
+        vocabulary: Path | None = None,
+    ) -> None:
         import httpx
 
         self.settings = settings
+        self._escaped = EscapedPrompts(vocabulary) if vocabulary else None
         self._named_by = named_by
         headers = {VIA_HEADER: via}
         if settings.api_key_env is not None:
@@ -60,6 +71,8 @@ class RemoteModel:
 
     async def close(self) -> None:
         """Close the connections."""
+        if self._escaped is not None:
+            await self._escaped.close()
         await self._client.aclose()
 
     async def generate(self, request: GenerateRequest, on_delta: Callable[[Delta], None] | None = None) -> Completion:
@@ -76,8 +89,12 @@ class RemoteModel:
 
         seed = request.pick_seed()
         partial = _PartialCompletion(seed=seed)
+        path, body = "chat/completions", self._body(request, seed)
+        tokens = await self._escaped.tokens(request) if self._escaped else None
+        if tokens is not None:
+            path, body = "completions", _with_tokens(body, tokens)
         try:
-            async with self._client.stream("POST", "chat/completions", json=self._body(request, seed)) as response:
+            async with self._client.stream("POST", path, json=body) as response:
                 if response.status_code >= 400:
                     reply = (await response.aread())[:_QUOTED_CHARACTERS].decode("utf-8", "replace")
                     message = f"{self.settings.url} returned status {response.status_code}: {reply}"
@@ -145,6 +162,18 @@ class RemoteModel:
         return body
 
 
+def _with_tokens(body: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
+    """Return the body of a chat completion as one of a completion whose prompt is token ids."""
+    chat_only = {
+        "messages", "continue_final_message", "add_generation_prompt", "chat_template_kwargs", "logprobs",
+        "top_logprobs",
+    }  # fmt: skip
+    rest = {name: value for name, value in body.items() if name not in chat_only}
+    if "response_format" in rest:  # vLLM's name; llama-server has it for messages only
+        rest["json_schema"] = rest["response_format"]["json_schema"]["schema"]
+    return {**rest, "prompt": tokens, "logprobs": max(1, body.get("top_logprobs", 0))}
+
+
 async def event_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
     """Yield the lines of a stream of server-sent events, which is UTF-8 and in which only LF, CRLF and CR end a line.
 
@@ -191,11 +220,11 @@ class _PartialCompletion:
         choice = choices[0]
         if choice.get("finish_reason"):
             self.finish_reason = "length" if choice["finish_reason"] == "length" else "stop"
-        for token in (choice.get("logprobs") or {}).get("content") or []:
+        for token in _tokens_of(choice.get("logprobs") or {}):
             self.tokens.append(_without_surrogates(token["token"]))
             self.logprobs.append(float(token["logprob"]))
             self.top_logprobs.append([_top_logprob(one) for one in token.get("top_logprobs") or []])
-        given = choice.get("delta") or {}
+        given = choice.get("delta") or {"content": choice.get("text")}
         if given.get("refusal"):  # recorded, it would be an empty answer
             raise RequestRefused(f"The model of the other server refuses: {given['refusal']!r:.{_QUOTED_CHARACTERS}}")
         if given.get("tool_calls") or given.get("function_call"):
@@ -230,6 +259,21 @@ class _PartialCompletion:
             confidence=confidence(self.text, self.tokens, self.logprobs),
             seed=self.seed,
         )
+
+
+def _tokens_of(logprobs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the tokens of a delta in the form of chat completions; completions have parallel lists."""
+    if "tokens" not in logprobs:
+        return list(logprobs.get("content") or [])
+    most_probable = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
+    return [
+        {
+            "token": text,
+            "logprob": value,
+            "top_logprobs": [{"token": one, "logprob": number} for one, number in (most or {}).items()],
+        }
+        for text, value, most in zip(logprobs["tokens"], logprobs["token_logprobs"], most_probable, strict=True)
+    ]
 
 
 def _top_logprob(token: dict[str, Any]) -> TopLogprob:

@@ -21,7 +21,14 @@ from finetune_pipeline.artifacts import (
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import Database, DatabaseError, connect
 from finetune_pipeline.deployment.target import BASE, Observed, Release, Target, TargetError, TargetRefused
-from finetune_pipeline.deployment.target_state import Lease, LeaseLostError, TargetState, take_lease, target_states
+from finetune_pipeline.deployment.target_state import (
+    ActiveRelease,
+    Lease,
+    LeaseLostError,
+    TargetState,
+    take_lease,
+    target_states,
+)
 from finetune_pipeline.deployment.targets import open_target
 from finetune_pipeline.evaluation.benchmark import BenchmarkError
 from finetune_pipeline.evaluation.metrics import MetricError
@@ -50,6 +57,9 @@ from finetune_pipeline.wording import duration
 
 OBSERVE_SECONDS = 60.0
 """How often an active target is asked what it serves."""
+
+TAKING_TOKEN_IDS = {"vllm", "llama_server"}
+"""Kinds of targets whose /v1/completions takes token ids as the prompt."""
 
 LONGEST_WAIT = 3600.0
 """The longest wait between two tries, in seconds."""
@@ -308,7 +318,12 @@ class _Reconciliation:
         if before.state == "rejected" and before.facts.get("inputs") == inputs and not self._force:
             lease.update(observed_at=datetime.now(UTC))
             return
-        observed = target.observe(release)
+        try:
+            observed = target.observe(release)
+        except TargetError:
+            if command := target.start_command(release):  # it may not run yet
+                lease.update(facts={**before.facts, "start_command": command})
+            raise
         self._record(lease, observed)
         verified = before.facts.get("verified")
         if verified == {"inputs": inputs, "digest": observed.digest} and observed.label == release.label:
@@ -317,8 +332,7 @@ class _Reconciliation:
         if verified is not None and before.facts.get("inputs") == inputs:
             self._drifted(lease, release, observed)
         facts: dict[str, Any] = {"inputs": inputs}
-        if "drift" in lease.state.facts:
-            facts["drift"] = lease.state.facts["drift"]
+        facts |= {name: lease.state.facts[name] for name in ("drift", "active") if name in lease.state.facts}
         if command := target.start_command(release):  # shown also if the release cannot be staged before a restart
             facts["start_command"] = command
         lease.update(wanted_sha256=release.sha256, facts=facts)
@@ -329,7 +343,7 @@ class _Reconciliation:
         if _label(champion(self._db, self._loop.name)) != release.label:
             return  # `run` starts again with the new champion; this one must not become active any more
         lease.update(facts=facts)
-        target.activate(release)
+        endpoint = target.activate(release) or endpoint
         observed = target.observe(release)
         self._record(lease, observed)
         if observed.label != release.label:
@@ -338,6 +352,11 @@ class _Reconciliation:
                 f"{observed.label or 'something else'} ({observed.detail or 'no details'}); see the server's log"
             )
         facts["verified"] = {"inputs": inputs, "digest": observed.digest}
+        if endpoint is not None:
+            ids = facts.get("reads_control_tokens") and self._setting.kind in TAKING_TOKEN_IDS
+            vocabulary = str(release.gguf) if ids else None
+            active = ActiveRelease(label=release.label, upstream=endpoint, vocabulary=vocabulary)
+            facts["active"] = active.model_dump(mode="json")
         lease.update(state="active", tries=0, next_try_at=None, last_error="", facts=facts)
         self._say(f"{release.label} is active")
         self._clean_up(lease, target, release)

@@ -23,7 +23,8 @@ class LoadedModel:
 
     Attributes:
         name: `loop@v1.2.0`, `loop@base`, `loop@` and the id of a challenger, or `loop@` and the name at another server.
-        version_id: id of the model in the registry; None for the base model and other servers.
+        version_id: id of the model in the registry; None for the base model, and for other servers unless they are
+            deployment targets.
         runner: what generates: an engine with a child process, or a client of another server.
         capacity: number of requests that may run or wait.
         spec: what the engine loaded; None for another server.

@@ -3,6 +3,8 @@
 `LoopServer.follow` changes to the registry's champion. The new model is loaded while the old one serves, new requests
 go to it, and the old one is drained. LoRA adapters over the same base model are swapped within the process, in
 milliseconds. If the new model does not load, the old one stays in service.
+
+With `serving.target` it asks a deployment target instead, for the release that is active there.
 """
 
 import asyncio
@@ -19,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from finetune_pipeline.artifacts import ArtifactError, hash_file_cached
 from finetune_pipeline.database import Database
+from finetune_pipeline.deployment.target_state import ActiveRelease, target_states
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.inference.engine import Engine
@@ -34,7 +37,7 @@ from finetune_pipeline.inference.errors import (
 from finetune_pipeline.inference.protocol import Completion, Delta, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.remote import RemoteModel
 from finetune_pipeline.pipeline.challengers import find_trained
-from finetune_pipeline.registry.champion import BASE, champion
+from finetune_pipeline.registry.champion import BASE, champion, resolve
 from finetune_pipeline.registry.model_versions import CandidateModel, RegistryError, check_files
 from finetune_pipeline.serving.errors import (
     ContextLengthExceeded,
@@ -103,6 +106,7 @@ class LoopServer:
         self._versions: OrderedDict[str, LoadedModel] = OrderedDict()  # least recently used first
         self._open_lock = asyncio.Lock()  # held while a fallback or version is loaded
         self._not_loaded: tuple[str | None, float] | None = None  # version id, and when to try it again
+        self._active: ActiveRelease | None = None  # on serving.target
         self._warned_of_empty_answers = False
         self._crashes: deque[float] = deque(maxlen=CRASHES)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -199,8 +203,10 @@ class LoopServer:
         await self._wait_for_swap()
         variant: Variant = "version"
         version_id = wanted.id if wanted else None
-        if self.current is not None and not self.current.is_remote and self.current.version_id == version_id:
-            model, variant = self.current, "champion"
+        current = self.current
+        named = current is not None and (not current.is_remote or self._active is not None)  # not an upstream's model
+        if named and current is not None and current.version_id == version_id:
+            model, variant = current, "champion"
         elif not self.loop.serving.versions:
             raise Unavailable(f"{self.loop.name} serves only its champion, because serving.versions is 0 in its YAML.")
         else:
@@ -236,6 +242,9 @@ class LoopServer:
             _log.warning(empty)
         self._warned_of_empty_answers = bool(empty)
         async with self._change_lock:
+            if self.loop.serving.target is not None:
+                await self._follow_target(self.loop.serving.target)
+                return
             if self.loop.serving.upstream is not None and self.current is not None:
                 return
             await self._drain_damaged()
@@ -252,6 +261,10 @@ class LoopServer:
     async def reload(self) -> bool:
         """Load the champion again and change to it; return False if it does not load."""
         async with self._change_lock:
+            if self.loop.serving.target is not None:
+                self._active = None
+                await self._follow_target(self.loop.serving.target)
+                return self.last_error is None
             return await self._load_champion()
 
     async def close(self) -> None:
@@ -284,6 +297,29 @@ class LoopServer:
             self._in_background(old.drain())
         self._drain_fallback()
         return True
+
+    async def _follow_target(self, target: str) -> None:
+        """Ask the release that is active on a deployment target from now on, if another one was."""
+        states = await asyncio.to_thread(target_states, self._database, self.loop.name)
+        active = states[target].active if target in states else None
+        if active is None:
+            if self.current is None:
+                self.last_error = f"nothing was deployed to {target} yet; see `finetune deploy status`"
+            return
+        if active == self._active:
+            return
+        try:
+            version = await asyncio.to_thread(resolve, self._database, active.label, self.loop.name)
+            new = self._open_remote(active.upstream, version, active)
+        except (EngineError, RegistryError) as error:
+            self.last_error = f"{self.loop.name}@{active.label} cannot be asked at {target}: {error}"
+            return
+        old, self.current, self._active, self.last_error = self.current, new, active, None
+        self.swaps += old is not None
+        _log.info("%s is in service at %s%s", new.name, target, f", replacing {old.name}" if old else "")
+        if old is not None:
+            self._in_background(old.drain())
+        self._drain_fallback()
 
     async def _open_or_swap(self, version: CandidateModel | None) -> LoadedModel:
         """Load a version, or swap only the adapter if the current process has the same base model."""
@@ -410,9 +446,15 @@ class LoopServer:
             raise
         return self._loaded_model(version, engine, spec, files)
 
-    def _open_remote(self, upstream: UpstreamSettings) -> LoadedModel:
-        name = f"{self.loop.name}@{upstream.model}"
-        return LoadedModel(name, None, RemoteModel(upstream, self._gateway_id), self.capacity, None)
+    def _open_remote(
+        self, upstream: UpstreamSettings, version: CandidateModel | None = None, active: ActiveRelease | None = None
+    ) -> LoadedModel:
+        """Return a client of another server, which has this version if it is a deployment target."""
+        name = f"{self.loop.name}@{active.label if active else upstream.model}"
+        named_by = "deploy.targets" if active else "serving.upstream"
+        vocabulary = Path(active.vocabulary) if active and active.vocabulary else None
+        remote = RemoteModel(upstream, self._gateway_id, named_by, vocabulary)
+        return LoadedModel(name, version.id if version else None, remote, self.capacity, None)
 
     def _loaded_model(
         self, version: CandidateModel | None, engine: Engine, spec: ModelSpec, files: dict[Path, str]

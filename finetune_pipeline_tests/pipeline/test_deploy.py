@@ -397,10 +397,11 @@ def test_two_processes_bring_a_target_once(one, folder, promoted, start):
     assert (calls(folder, "stage"), calls(folder, "activate")) == (1, 1), outputs
 
 
-def test_the_start_command_is_known_although_the_server_was_not_restarted(one, folder, promoted, monkeypatch):
+@pytest.mark.parametrize("step", ["stage", "observe"])
+def test_the_start_command_is_known_although_the_server_was_not_started(one, folder, promoted, monkeypatch, step):
     promoted("one")
     Shelf(settings_of(one), "notes")
-    (folder / "fail-stage").write_text("start the server again")
+    (folder / f"fail-{step}").write_text("start the server again")
     monkeypatch.setattr(Shelf, "start_command", lambda self, release: f"serve {release.label}")
     assert brought(one)[0].facts["start_command"] == "serve v1.0.0"
 

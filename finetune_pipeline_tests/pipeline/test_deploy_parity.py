@@ -21,7 +21,7 @@ from finetune_pipeline.pipeline.deploy_parity import ParityError, check_parity
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.champion import promote as promote_in_registry
 from finetune_pipeline.registry.model_versions import CandidateModel
-from finetune_pipeline.settings import UpstreamSettings
+from finetune_pipeline.settings import DeploySettings, UpstreamSettings
 from finetune_pipeline_tests.deployment.shelf import Shelf, shelf
 from finetune_pipeline_tests.serving.conftest import serving
 from finetune_pipeline_tests.sources.endpoint import teaching
@@ -254,3 +254,26 @@ def test_a_server_that_fails_is_not_switched_and_tried_again(stories_loop, tmp_p
     assert message in state.last_error
     assert not (tmp_path / "server" / "current").exists()
     assert champion(connect(), "notes").version == "v1.0.0"
+
+
+class Fixed(Answering):
+    """A shelf whose releases all answer as the first one."""
+
+    def stage(self, release):
+        Shelf.stage(self, release)
+        return UpstreamSettings(url=self.url, model="notes@v1.0.0", timeout_seconds=60)
+
+
+def test_what_a_gateway_needs_is_known_until_another_release_is_active(stories_loop, tmp_path, monkeypatch, another):
+    loop = stories_loop(deploy={"targets": [shelf(name="server", path=str(tmp_path / "server"))]})
+    promoted("one", STORIES_GGUF)
+    monkeypatch.setattr(deploy, "open_target", Fixed)
+    with serving(loop.model_copy(update={"deploy": DeploySettings()})) as running:
+        monkeypatch.setattr(Answering, "url", f"{running.url}/v1")
+        [state] = reconcile(loop, print)
+        assert state.active.label == "v1.0.0" and state.active.vocabulary is None
+        assert (state.active.upstream.url, state.active.upstream.model) == (f"{running.url}/v1", "notes@v1.0.0")
+        promoted("other", another)
+        [state] = reconcile(loop, print)
+    assert (state.state, state.wanted) == ("rejected", "v1.1.0")
+    assert state.active.label == "v1.0.0"  # which the target still serves
