@@ -10,6 +10,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """Names that PEFT gives to the files of an adapter."""
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Files of a tokenizer. They are copied unchanged next to merged weights, never saved again by transformers."""
+
 
 class FileRecord(Record):
     """One file of an artifact."""

@@ -4,6 +4,7 @@ from finetune_pipeline.artifacts import ArtifactError
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import DatabaseError
 from finetune_pipeline.database.api_keys import ApiKeyError
+from finetune_pipeline.deployment.target import TargetError
 from finetune_pipeline.evaluation.benchmark import BenchmarkError
 from finetune_pipeline.evaluation.comparison import ComparisonError
 from finetune_pipeline.evaluation.metrics import MetricError
@@ -41,6 +42,7 @@ EXPECTED = (
     SchemaError,
     SettingsError,
     SourceError,
+    TargetError,
     TrainingError,
 )
 """Errors whose message says what was found and what to do; any other exception is a bug and keeps its traceback."""

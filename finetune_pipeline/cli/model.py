@@ -1,4 +1,4 @@
-"""`finetune model`: list, show, switch, roll back and clean up model versions; see `cli.decide` for the others."""
+"""`finetune model`: list, show, switch, roll back, upload and clean up versions; see `cli.decide` for the others."""
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def model() -> None:
-    """List, show, approve, switch, roll back and clean up model versions."""
+    """List, show, approve, switch, roll back, upload and clean up model versions."""
 
 
 for command in (approve, reject, promote, archive, unarchive):
@@ -252,6 +252,24 @@ def _version_of(database: "Database", loop: LoopSettings, name: str) -> str:
 
 def _name(version: "ModelVersion | None", loop: LoopSettings) -> str:
     return version.name if version else f"{loop.name}@base"
+
+
+@model.command()
+@click.argument("version", is_eager=True)
+@click.argument("repo_id")
+@click.option("--private/--public", default=True, show_default=True, help="Who can read a new repository.")
+@click.option("--merged", is_flag=True, help="Upload the merged weights too, as safetensors.")
+@loop_option
+def push(version: str, repo_id: str, private: bool, merged: bool, loop: LoopSettings) -> None:
+    """Upload VERSION (v1.2.0, champion or base) to the Hugging Face Hub as REPO_ID (owner/name).
+
+    Uploads adapter, GGUF, tokenizer and model card. Uses the token in HF_TOKEN, or that of `hf auth login`.
+    """
+    from finetune_pipeline.pipeline.push_model import push_model
+
+    click.echo(
+        push_model(loop, version, repo_id, lambda line: click.echo(line, err=True), public=not private, merged=merged)
+    )
 
 
 @model.command()

@@ -5,14 +5,9 @@ from typing import Any
 
 from finetune_pipeline.artifacts import hash_file_cached, hash_of
 from finetune_pipeline.export.process import ExportError
+from finetune_pipeline.manifests import TOKENIZER_FILES
 from finetune_pipeline.settings import project_path
 from finetune_pipeline.wording import first_line
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""Files of a tokenizer. They are copied unchanged next to merged weights, never saved again by transformers."""
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

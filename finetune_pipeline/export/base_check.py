@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from finetune_pipeline.artifacts import hash_file_cached, hash_of, package_versions, write_text
-from finetune_pipeline.export.base import CONFIG_FILES, TOKENIZER_FILES
+from finetune_pipeline.export.base import CONFIG_FILES
 from finetune_pipeline.export.gguf import CONVERTER, convert_here, converter_environment, converter_folder
 from finetune_pipeline.export.parity import compare_tokens, parity_conversations
 from finetune_pipeline.export.process import ExportError, run_step
@@ -22,6 +22,7 @@ from finetune_pipeline.export.special_tokens import FORM, unusable_ends
 from finetune_pipeline.export.tokenizer import gguf_name, stage
 from finetune_pipeline.inference.chat_template import ChatTemplate, tokenizer_chat_template
 from finetune_pipeline.inference.errors import EngineError, RequestRefused
+from finetune_pipeline.manifests import TOKENIZER_FILES
 from finetune_pipeline.records import Message, Turn, chat_messages
 from finetune_pipeline.schemas import Schema
 from finetune_pipeline.settings import home

@@ -11,10 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from finetune_pipeline.export.base import TOKENIZER_FILES
 from finetune_pipeline.export.process import ExportError, run_step
 from finetune_pipeline.export.reference import ReferencePrompts, generate_answers
-from finetune_pipeline.manifests import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from finetune_pipeline.manifests import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
 
 _FLOAT32_LIMIT = 1_000_000_000
 """Parameters up to which a model is merged in float32."""

@@ -16,11 +16,12 @@ from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.benchmark import BenchmarkError, load_benchmark
 from finetune_pipeline.evaluation.metrics import MetricError
-from finetune_pipeline.export.base import CONFIG_FILES, TOKENIZER_FILES, resolve_base_model
+from finetune_pipeline.export.base import CONFIG_FILES, resolve_base_model
 from finetune_pipeline.export.base_check import check_vocabulary
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.feedback.rewards import reward_function
 from finetune_pipeline.feedback.store import new_examples
+from finetune_pipeline.manifests import TOKENIZER_FILES
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.row_settings import too_long
 from finetune_pipeline.pipeline.source_events import without_own_system_prompt
