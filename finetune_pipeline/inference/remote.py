@@ -159,7 +159,7 @@ class RemoteModel:
         if request.json_schema is not None:
             schema = {"name": "answer", "schema": request.json_schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return body
+        return body | self.settings.extra_body
 
 
 def _with_tokens(body: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
