@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune_pipeline.database import DatabaseError
-from finetune_pipeline.serving import admin, completions, feedback, responses_api
+from finetune_pipeline.serving import admin, completions, feedback, openai_fine_tuning, responses_api
 from finetune_pipeline.serving.api import (
     AdminRequest,
     ChatRequest,
@@ -36,6 +36,7 @@ from finetune_pipeline.serving.api import (
 )
 from finetune_pipeline.serving.connections import ConnectionLimits, LimitedProtocol
 from finetune_pipeline.serving.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, Unavailable
+from finetune_pipeline.serving.fine_tuning_schema import FineTuningJobRequest
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.serving.http import ClientDisconnected, RequestGuard, error_response, get_gateway
 from finetune_pipeline.serving.responses_schema import ResponsesRequest
@@ -47,6 +48,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/responses": ResponsesRequest,
     "/v1/feedback": FeedbackIn,
     "/v1/interactions": InteractionIn,
+    openai_fine_tuning.JOBS_PATH: FineTuningJobRequest,
     "/admin/reload-model": AdminRequest,
     "/admin/rollback": AdminRequest,
 }
@@ -90,7 +92,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
         responses={"default": {"model": ErrorBody, "description": "The request failed."}},
     )
     app.state.gateway = gateway
-    routers = (completions.router, responses_api.router, feedback.router, admin.router)
+    routers = (completions.router, responses_api.router, feedback.router, openai_fine_tuning.router, admin.router)
     for router in routers:
         app.include_router(router)
     for kind in (*_EXPECTED, Exception):
@@ -247,6 +249,8 @@ def _openapi(app: FastAPI, generate: Callable[[], dict[str, Any]]) -> dict[str, 
         schema = {"$ref": REFERENCE.format(model=model.__name__)}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         document["paths"][path]["post"]["requestBody"] = body
+    form = {"multipart/form-data": {"schema": openai_fine_tuning.UPLOAD_BODY}}
+    document["paths"][openai_fine_tuning.UPLOAD_PATH]["post"]["requestBody"] = {"required": True, "content": form}
     for methods in document["paths"].values():
         for operation in methods.values():
             operation["responses"].pop("422", None)

@@ -101,6 +101,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Forward a part of the body."""
         self._unparsed = 0
+        if self.scope["path"].removeprefix("/v1") == "/files":
+            self.since = self.loop.time()  # an upload may take longer, as long as something arrives
         super().on_body(body)
 
     def on_message_complete(self) -> None:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune_pipeline.database.api_keys import Scope as KeyScope
 from finetune_pipeline.inference.remote import VIA_HEADER
+from finetune_pipeline.pipeline.uploaded_files import MAX_FILE_BYTES
 from finetune_pipeline.serving.access import Access, Caller, is_loopback, without_port
 from finetune_pipeline.serving.connections import MAX_HEAD, head_too_large
 from finetune_pipeline.serving.errors import (
@@ -33,6 +34,9 @@ from finetune_pipeline.validation_messages import error_message, first_field
 
 MAX_BODY = 2 * 2**20
 """Largest request body in bytes; longer prompts do not fit into the context of any model here."""
+
+UPLOADS = {"/v1/files": MAX_FILE_BYTES + 2**20}
+"""Path of a POST whose body goes to the disk piece by piece -> its largest body in bytes."""
 
 MAX_BODIES = 128 * 2**20
 """Bytes of the bodies of all requests that run or wait. They stay in memory until the answer, parsed as well."""
@@ -147,16 +151,17 @@ class RequestGuard:
         except GatewayError as error:
             await error_response(error, self._gateway, scope)(scope, receive, send)
             return
-        size = 0
+        size, largest = 0, _largest_body(scope)
+        in_memory = largest == MAX_BODY
 
         async def limited() -> Message:
             nonlocal size
             message = await receive()
             received = len(message.get("body", b""))
             size += received
-            self._body_bytes += received
-            if size > MAX_BODY:
-                raise _too_large()
+            self._body_bytes += received * in_memory
+            if size > largest:
+                raise _too_large(largest)
             if self._body_bytes > MAX_BODIES:
                 raise Overloaded(
                     f"The bodies of the requests in progress have more than {MAX_BODIES} bytes. Try again in a second.",
@@ -167,7 +172,7 @@ class RequestGuard:
         try:
             await self._app(scope, limited, send)
         finally:
-            self._body_bytes -= size
+            self._body_bytes -= size * in_memory
 
     def _check_head(self, scope: Scope) -> None:
         line = len(scope["raw_path"]) + len(scope["query_string"])
@@ -175,8 +180,8 @@ class RequestGuard:
             raise head_too_large()
         values = dict(scope["headers"])
         length = values.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > MAX_BODY:
-            raise _too_large()
+        if length.isdigit() and int(length) > (largest := _largest_body(scope)):
+            raise _too_large(largest)
         if values.get(VIA_HEADER.lower().encode()) == self._gateway.id.encode():
             raise Conflict("This gateway is its own upstream; correct serving.upstream or serving.fallback.")
 
@@ -190,7 +195,7 @@ class _Cors(CORSMiddleware):
     def __init__(self, app: ASGIApp, access: Access) -> None:
         super().__init__(
             app,
-            allow_methods=("GET", "HEAD", "POST"),
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
             allow_headers=("*",),  # OpenAI's client sends a dozen of its own
             allow_private_network=True,
             expose_headers=EXPOSED,
@@ -371,5 +376,9 @@ def describe_errors(error: ValidationError) -> str:
     return f"{error_message(error)}; see /docs for the format"
 
 
-def _too_large() -> TooLarge:
-    return TooLarge(f"The request body is larger than {MAX_BODY} bytes; send less at once.")
+def _largest_body(scope: Scope) -> int:
+    return UPLOADS.get(scope["path"], MAX_BODY) if scope["method"] == "POST" else MAX_BODY
+
+
+def _too_large(largest: int) -> TooLarge:
+    return TooLarge(f"The request body is larger than {largest} bytes; send less at once.")
