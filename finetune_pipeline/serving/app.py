@@ -54,6 +54,8 @@ BODIES: dict[str, type[BaseModel]] = {
 }
 """The body of each POST. The routes parse it themselves, strictly, so FastAPI does not know it for OpenAPI."""
 
+ROUTERS = (completions.router, responses_api.router, feedback.router, openai_fine_tuning.router, admin.router)
+
 SWITCH_SECONDS = 0.001
 """Python's thread switch interval (default 0.005); shorter, so that the recorder's thread does not delay answers."""
 
@@ -92,13 +94,12 @@ def create_app(gateway: Gateway) -> ASGIApp:
         responses={"default": {"model": ErrorBody, "description": "The request failed."}},
     )
     app.state.gateway = gateway
-    routers = (completions.router, responses_api.router, feedback.router, openai_fine_tuning.router, admin.router)
-    for router in routers:
+    for router in ROUTERS:
         app.include_router(router)
     for kind in (*_EXPECTED, Exception):
         app.add_exception_handler(kind, _error)
     app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
-    paths = [getattr(route, "path", "") for router in routers for route in router.routes]
+    paths = [getattr(route, "path", "") for router in ROUTERS for route in router.routes]
     return RequestGuard(
         _Direct(app), gateway, frozenset(path.split("/")[2] for path in paths if path.startswith("/v1/"))
     )
@@ -218,7 +219,12 @@ async def _error(request: Request, error: Exception) -> Response:
         case ClientDisconnected() | ClientDisconnect():
             return Response(status_code=499)  # nginx's status for this; nobody reads it
         case HTTPException(status_code=405):
-            route_methods = (error.headers or {}).get("Allow", "GET")  # static files do not say so
+            routes = (route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
+            # The error names the methods of the first route only, and static files name none.
+            methods = {
+                name for route in routes if route.path_regex.match(request.url.path) for name in route.methods or ()
+            }
+            route_methods = ", ".join(sorted(methods)) or "GET"
             allowed = f"{route_methods}, {'HEAD, OPTIONS' if 'GET' in route_methods else 'OPTIONS'}"
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers={"Allow": allowed})

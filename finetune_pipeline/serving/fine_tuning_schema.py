@@ -66,13 +66,13 @@ class DpoMethod(_Request):
 Metadata = Annotated[
     dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=16)
 ]
-FileId = Annotated[Text, Field(max_length=200)]
+FileId = Annotated[Text, Field(min_length=1, max_length=200)]
 
 
 class FineTuningJobRequest(_Request):
     """A request for a fine-tuning job, as OpenAI's clients send it."""
 
-    model: Annotated[Text, Field(max_length=500)] = Field(
+    model: Annotated[Text, Field(min_length=1, max_length=500)] = Field(
         description="A loop, or a base model that exactly one loop has."
     )
     training_file: FileId = Field(description="Id of an uploaded file.")

@@ -79,6 +79,8 @@ def use_existing(body):
         body["interaction_id"] = EXISTING
     if isinstance(body.get("previous_response_id"), str) and len(body["previous_response_id"]) <= 200:
         body["previous_response_id"] = EXISTING
+    if "training_file" in body and isinstance(body.get("model"), str) and 0 < len(body["model"]) <= 500:
+        body["model"] = "notes"  # an unknown one is 400 here
     if isinstance(body.get("method"), dict):
         body.pop("hyperparameters", None)  # they are refused together
     for item in body["input"] if isinstance(body.get("input"), list) else ():
@@ -201,7 +203,7 @@ def test_schemathesis_finds_no_error(keyed, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=300,
+        timeout=900,  # it takes two minutes on an idle machine
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert [phase for phase in ("Coverage", "Fuzzing", "Stateful") if f"✅ {phase}" not in ended.stdout] == []
