@@ -9,7 +9,7 @@ from finetune_pipeline.settings import LoopSettings
 _reason = click.option("--reason", required=True, help="Recorded in the history, with your name.")
 
 
-@click.command()
+@click.command(short_help="Approve a challenger that the gate accepted.")
 @click.argument("version", is_eager=True)
 @_reason
 @loop_option
@@ -30,7 +30,7 @@ def approve(version: str, reason: str, loop: LoopSettings) -> None:
     follow_champion(loop)
 
 
-@click.command()
+@click.command(short_help="Reject a challenger that waits for approval.")
 @click.argument("version", is_eager=True)
 @_reason
 @loop_option
@@ -46,7 +46,7 @@ def reject(version: str, reason: str, loop: LoopSettings) -> None:
     click.echo(f"{challenger.name} is rejected; the champion stays")
 
 
-@click.command()
+@click.command(short_help="Make a challenger the champion.")
 @click.argument("version", is_eager=True)
 @click.option("--force", is_flag=True, help="Overrule the gate; failed blocking checks still stop it.")
 @click.option("--reason", default="", help="Recorded in the history, with your name; needed with --force.")

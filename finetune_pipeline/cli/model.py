@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion
 
 
-@click.group()
+@click.group(short_help="Model versions: list, approve, switch, roll back, push.")
 def model() -> None:
     """List, show, approve, switch, roll back, upload and clean up model versions."""
 
@@ -105,7 +105,7 @@ def _challenger_json(challenger: "Challenger") -> dict[str, Any]:
     }
 
 
-@model.command()
+@model.command(short_help="Show a version or a challenger.")
 @click.argument("version", default="champion", is_eager=True)
 @click.option("--card", is_flag=True, help="Print the model card (Markdown) instead.")
 @json_option
@@ -183,7 +183,7 @@ def _rounded(key: str, value: Any) -> Any:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-@model.command()
+@model.command(short_help="Make a version the champion.")
 @click.argument("version", is_eager=True)
 @click.option("--reason", default="switched in the terminal", show_default=True, help="Recorded in the history.")
 @loop_option
@@ -207,7 +207,7 @@ def switch(version: str, reason: str, loop: LoopSettings) -> None:
     follow_champion(loop)
 
 
-@model.command()
+@model.command(short_help="Restore the previous champion, or a version.")
 @click.argument("version", required=False, is_eager=True)
 @click.option("--reason", default="rolled back in the terminal", show_default=True, help="Recorded in the history.")
 @loop_option
@@ -254,7 +254,7 @@ def _name(version: "ModelVersion | None", loop: LoopSettings) -> str:
     return version.name if version else f"{loop.name}@base"
 
 
-@model.command()
+@model.command(short_help="Upload a version to the Hugging Face Hub.")
 @click.argument("version", is_eager=True)
 @click.argument("repo_id")
 @click.option("--private/--public", default=True, show_default=True, help="Who can read a new repository.")
@@ -272,7 +272,7 @@ def push(version: str, repo_id: str, private: bool, merged: bool, loop: LoopSett
     )
 
 
-@model.command()
+@model.command(short_help="Show deployments and what people decided.")
 @json_option
 @loop_option
 def history(loop: LoopSettings, as_json: bool) -> None:

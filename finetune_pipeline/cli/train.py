@@ -12,7 +12,7 @@ from rich.table import Table
 from finetune_pipeline.artifacts import stage_folder
 from finetune_pipeline.cli.dagster_home import environment
 from finetune_pipeline.cli.options import UNLIMITED, json_option, loop_option, print_json
-from finetune_pipeline.database import Database, DatabaseError
+from finetune_pipeline.database import Database
 from finetune_pipeline.manifests import AdapterManifest
 from finetune_pipeline.registry.training_jobs import IN_PROGRESS, TrainingJob, events_of, find_job, list_jobs
 from finetune_pipeline.settings import (
@@ -35,7 +35,7 @@ POLL_SECONDS = 0.5
 """Time between two questions to Dagster whether a run has ended."""
 
 
-@click.group()
+@click.group(short_help="Plan training; watch, pause, resume and cancel jobs.")
 def train() -> None:
     """Estimate training; watch, pause, resume and cancel training jobs."""
 
@@ -151,7 +151,7 @@ def _option_json(option: "PlannedTraining") -> dict[str, object]:
     }
 
 
-@train.command("list")
+@train.command("list", short_help="List training jobs and finished trainings.")
 @json_option
 @loop_option
 def list_(loop: LoopSettings, as_json: bool) -> None:
@@ -196,7 +196,7 @@ def list_(loop: LoopSettings, as_json: bool) -> None:
     Console(width=UNLIMITED).print(table)
 
 
-@train.command()
+@train.command(short_help="Show a training job or a finished training.")
 @click.argument("id", required=False)
 @json_option
 @loop_option
@@ -277,20 +277,12 @@ def _up_to_date(db: Database, jobs: list[TrainingJob]) -> list[TrainingJob]:
     home = Path(environment()["DAGSTER_HOME"]) if any(job.status in IN_PROGRESS for job in jobs) else None
     if home is None or not home.is_dir():
         return jobs
-    import dagster as dg
+    from finetune_pipeline.orchestration.stored_runs import refresh_jobs
 
-    from finetune_pipeline.orchestration.storage import storage_errors
-    from finetune_pipeline.orchestration.stored_runs import StoredRuns
-    from finetune_pipeline.pipeline.jobs import refresh
-
-    with storage_errors(home), dg.DagsterInstance.from_config(str(home)) as instance:
-        try:
-            return [refresh(db, StoredRuns(instance), job) for job in jobs]
-        except DatabaseError:  # a read-only home shows what was written last
-            return jobs
+    return refresh_jobs(db, str(home), jobs)
 
 
-@train.command()
+@train.command(short_help="Pause a training job; its checkpoint is kept.")
 @click.argument("id")
 @json_option
 def pause(id: str, as_json: bool) -> None:
@@ -301,7 +293,7 @@ def pause(id: str, as_json: bool) -> None:
     _change(id, "pause", as_json)
 
 
-@train.command()
+@train.command(short_help="Resume a paused training job.")
 @click.argument("id")
 @json_option
 def resume(id: str, as_json: bool) -> None:
@@ -312,7 +304,7 @@ def resume(id: str, as_json: bool) -> None:
     _change(id, "resume", as_json)
 
 
-@train.command()
+@train.command(short_help="Cancel a training job; its checkpoint is kept.")
 @click.argument("id")
 @json_option
 def cancel(id: str, as_json: bool) -> None:

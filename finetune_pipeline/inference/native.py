@@ -112,8 +112,7 @@ class NativeVocabulary:
         self._gguf = gguf
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
-        # Repacked weights are faster, by default in llama.cpp too, but crash on processors with AMX in some builds.
-        params.use_extra_bufts = b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info()
+        params.use_extra_bufts = False  # repacked weights crash on processors with AMX in some builds
         params.vocab_only = not weights
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(gguf), params)
         if not self._model:

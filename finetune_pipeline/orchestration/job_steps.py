@@ -1,13 +1,15 @@
 """What the steps of a run tell the training job that they belong to."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
+from sqlalchemy.exc import SQLAlchemyError
 
-from finetune_pipeline.database import connect
+from finetune_pipeline.database import DatabaseError, connect
 from finetune_pipeline.manifests import AdapterManifest
 from finetune_pipeline.pipeline.jobs import (
     JOB_TAG,
@@ -24,6 +26,8 @@ from finetune_pipeline.pipeline.jobs import (
 from finetune_pipeline.registry.training_jobs import find_job_of_run
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline.validation_messages import without_values
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,17 +48,20 @@ class JobStep:
     def made(self, event: str, **made: str | None) -> None:
         """Record what the step made: dataset, adapter, model_sha256 or report."""
         if self.job_id:
-            note_made(connect(), self.job_id, event, **made)
+            with _best_effort():
+                note_made(connect(), self.job_id, event, **made)
 
     def progress(self, progress: dict[str, Any], message: str) -> None:
         """Record how far the training is."""
         if self.job_id:
-            note_progress(connect(), self.job_id, progress, message)
+            with _best_effort():
+                note_progress(connect(), self.job_id, progress, message)
 
     def completed(self) -> None:
         """Record that the job has done all it does."""
         if self.job_id:
-            note_completed(connect(), self.job_id)
+            with _best_effort():
+                note_completed(connect(), self.job_id)
 
 
 @contextmanager
@@ -74,13 +81,25 @@ def job_step(loop: LoopSettings, context: dg.AssetExecutionContext) -> Iterator[
         return
     if job.status in ("paused", "canceled") or job.wanted in ("pause", "cancel"):
         raise dg.Failure(f"the job {job.id} is to end: {job.wanted or job.status}", allow_retries=False)
-    context.instance.add_run_tags(run.run_id, {PROCESS_TAG: this_process()})
-    note_started(connect(), job.id)
+    with _best_effort():
+        context.instance.add_run_tags(run.run_id, {PROCESS_TAG: this_process()})
+    with _best_effort():
+        note_started(connect(), job.id)
     try:
         yield JobStep(loop_of_job(loop, job.settings), job.id, job.dataset, job.settings.get("training", {}))
     except Exception as error:
-        note_failed(connect(), job.id, f"{context.asset_key.path[-1]}: {without_values(str(error))}")
+        with _best_effort():
+            note_failed(connect(), job.id, f"{context.asset_key.path[-1]}: {without_values(str(error))}")
         raise
+
+
+@contextmanager
+def _best_effort() -> Iterator[None]:
+    """Log a database that is locked or full; what a step does, and why it fails, matters more than the job's row."""
+    try:
+        yield
+    except (DatabaseError, SQLAlchemyError) as error:
+        _log.warning("the training job could not be updated: %s", error)
 
 
 def note_checks(run_id: str, results: Sequence[dg.AssetCheckResult]) -> None:

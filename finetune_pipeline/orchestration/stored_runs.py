@@ -5,7 +5,11 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
+from finetune_pipeline.database import Database, DatabaseError
+from finetune_pipeline.orchestration.storage import storage_errors
 from finetune_pipeline.orchestrator import DagsterRun
+from finetune_pipeline.pipeline.jobs import refresh
+from finetune_pipeline.registry.training_jobs import TrainingJob
 
 
 class StoredRuns:
@@ -43,3 +47,12 @@ class StoredRuns:
 
 def _time(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def refresh_jobs(db: Database, dagster_home: str, jobs: list[TrainingJob]) -> list[TrainingJob]:
+    """Return jobs with the statuses of their runs in a Dagster home; a read-only one shows what was written last."""
+    with storage_errors(dagster_home), dg.DagsterInstance.from_config(dagster_home) as instance:
+        try:
+            return [refresh(db, StoredRuns(instance), job) for job in jobs]
+        except DatabaseError:
+            return jobs

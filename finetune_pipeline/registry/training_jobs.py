@@ -219,7 +219,8 @@ def update_job(
             return False
         if changes.get("status") == "pending":
             _check_not_busy(connection, _job(row))
-        connection.execute(sa.update(training_jobs).where(training_jobs.c.id == id).values(**changes))
+        if changes:
+            connection.execute(sa.update(training_jobs).where(training_jobs.c.id == id).values(**changes))
         if event:
             level = "error" if changes.get("status") == "failed" else "info"
             add_event_in(connection, id, event, level=level)

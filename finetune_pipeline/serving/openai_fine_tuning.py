@@ -21,7 +21,7 @@ from finetune_pipeline.pipeline.uploaded_files import FileTooLargeError, Unknown
 from finetune_pipeline.registry import training_jobs
 from finetune_pipeline.registry.training_jobs import TrainingJob
 from finetune_pipeline.serving.access import Caller
-from finetune_pipeline.serving.errors import BadRequest, Conflict, NotFound, TooLarge, Unavailable
+from finetune_pipeline.serving.errors import BadRequest, Conflict, NotFound, TooLarge, Unavailable, UnknownModel
 from finetune_pipeline.serving.fine_tuning_schema import (
     Checkpoint,
     CheckpointList,
@@ -317,7 +317,7 @@ def _loop_of(gateway: Gateway, model: str) -> LoopSettings:
         return found[0]
     names = ", ".join(loop.name for loop in found or gateway.loops.values())
     reason = "is the base of several loops" if found else "is neither a loop nor the base of one"
-    raise BadRequest(f"model: {model[:100]!r} {reason}; name one of the loops: {names}.", param="model")
+    raise UnknownModel(f"model: {model[:100]!r} {reason}; name one of the loops: {names}.", param="model")
 
 
 def _settings_of(loop: LoopSettings, body: FineTuningJobRequest) -> dict[str, Any]:

@@ -41,6 +41,7 @@ WITHOUT_JSON = {
     "model approve": "changes the champion; `model history --json` has it",
     "model reject": "records a decision; `model history --json` has it",
     "model promote": "changes the champion; `model history --json` has it",
+    "model push": "uploads; the page on the Hub has it",
     "model archive": "records a decision; `model history --json` has it",
     "model unarchive": "records a decision; `model history --json` has it",
     "key create": "prints the secret alone",

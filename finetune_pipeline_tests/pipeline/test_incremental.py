@@ -2,6 +2,7 @@
 
 import json
 from base64 import b64decode
+from datetime import UTC, datetime
 
 import dagster as dg
 import datasets
@@ -11,6 +12,7 @@ from finetune_pipeline.artifacts import get_latest, hash_file
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.orchestration.automation import automation
+from finetune_pipeline.orchestration.resources import resources
 from finetune_pipeline.pipeline import incremental
 from finetune_pipeline.pipeline.incremental import training_start, write_subset
 from finetune_pipeline.pipeline.train import train_adapter
@@ -145,7 +147,9 @@ def ignored(_):
 
 def test_the_yearly_run_trains_from_the_base_model(make_loop, instance):
     [schedule] = [s for s in automation(make_loop(training={"mode": "incremental"})).schedules if "yearly" in s.name]
-    request = schedule(dg.build_schedule_context(instance))
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    with dg.build_schedule_context(instance, scheduled_execution_time=now, resources=resources()) as context:
+        request = schedule(context)
     assert request.run_config == {"ops": {"notes__lora_adapter": {"config": {"mode": "full"}}}}
 
 
