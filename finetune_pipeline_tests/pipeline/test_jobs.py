@@ -26,7 +26,8 @@ from finetune_pipeline.settings import COMPONENT_TYPE, PROJECT_ROOT, read_loop
 from finetune_pipeline_tests.orchestration.conftest import ATTRIBUTES, BENCHMARK, corrected, write_events
 from finetune_pipeline_tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+# Dagster's webserver and daemon, and several trainings: run by `make test-servers`.
+pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(3600)]
 
 PEOPLE = [f"person{n}" for n in range(20)]
 TRAINING = {"num_train_epochs": 10, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,

@@ -14,7 +14,8 @@ from finetune_pipeline_tests.serving.conftest import free_port, process
 from finetune_pipeline_tests.serving.test_openai_fine_tuning import BENCHMARK, NAMES, chat, jsonl
 from finetune_pipeline_tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+# Dagster's webserver and daemon, the gateway, and several trainings: run by `make test-servers`.
+pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
