@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from finetune_pipeline.records import Text
+from finetune_pipeline.serving.api import Whole
 
 Auto = Literal["auto"]
 
@@ -20,10 +21,10 @@ class _Request(BaseModel):
 class Hyperparameters(_Request):
     """Settings of the training; auto leaves the loop's own."""
 
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = Field(
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=50), Whole] = Field(
         default="auto", description="Passes over the training examples: training.num_train_epochs."
     )
-    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256), Whole] = Field(
         default="auto", description="Examples of an update: training.per_device_train_batch_size, without accumulation."
     )
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=100)] = Field(
@@ -83,7 +84,7 @@ class FineTuningJobRequest(_Request):
     hyperparameters: Hyperparameters | None = Field(
         default=None, description="Older form of method.supervised.hyperparameters; not together with method."
     )
-    seed: int | None = Field(default=None, ge=0, lt=2**32)
+    seed: Annotated[int, Field(ge=0, lt=2**32), Whole] | None = None
     suffix: Annotated[Text, Field(min_length=1, max_length=64)] | None = Field(
         default=None, description="A label; the model's name is the loop with the model's hash."
     )
