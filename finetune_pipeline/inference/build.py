@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune_pipeline.artifacts import hash_file, hash_of
 
-NUMERICS = "repacked weights"
+NUMERICS = "batches in the order of sequences"
 """Settings of the engine that change the last digits of logits; change it with them."""
 
 
