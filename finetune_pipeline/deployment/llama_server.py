@@ -424,8 +424,9 @@ class LlamaAdapters(_LlamaServer):
 
     def _adapters_command(self, release: Release, active: Collection[Path]) -> str:
         """Return the command that starts the server with the release and the newest others; some are applied."""
-        newest = [path for path, _ in self._files(".lora")][-self._settings.keep :]
-        adapters = [path for path, _ in self._files(".lora") if path in {*newest, *active, self._put_adapter(release)}]
+        own = self._put_adapter(release)
+        there = [path for path, _ in self._files(".lora")]
+        adapters = [path for path in there if path in {*there[-self._settings.keep :], *active, own}]
         scaled = ",".join(f"{path}:{int(path in active)}" for path in adapters)
         options: dict[str, Any] = {"model": self._put_base(release)}
         if scaled:

@@ -447,7 +447,7 @@ def test_a_server_that_is_not_started_is_told_how(make_target, fake, release):
     with pytest.raises(TargetError, match=r"cannot be reached.*Its start command: llama-server --models-preset"):
         make_target(url=url).stage(release())
     with pytest.raises(TargetError, match=r"cannot be reached.*Its start command: llama-server --model .*lora-scaled"):
-        make_target("adapter", url=url).stage(release(adapter="a1"))
+        make_target("adapter", url=url).observe(release(adapter="a1"))
 
 
 def test_a_key_is_sent_and_its_absence_is_told(make_target, fake, release, monkeypatch):
