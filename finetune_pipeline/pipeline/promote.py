@@ -113,24 +113,26 @@ def promote_challenger(
     candidate = candidate_of(gguf, report.manifest.version)
     comparison_id, previous_id = report.manifest.comparison_id, report.manifest.champion_id
     reason = verdict.reason.split("\n")[0]
-    serving = champion(connect(), loop.name)
-    is_new = serving is None or serving.sha256 != report.manifest.challenger_sha256
-    action: Literal["promote", "approve"] = "promote"
-    if loop.approval == "required" and is_new:
-        approval = ask_for_approval(loop, report, gguf)
-        if approval.state != "approved":
-            return NotApproved(approval)
-        action, actor, reason = "approve", approval.actor or actor, f"{approval.reason}; {reason}"
-    fixed, sealed = [], None
-    if is_new:  # else an earlier try that made it the champion recorded them
-        scorer, progress = loop_files.scorer(loop), ProgressLog(log)
-        fixed = fixed_corrections(loop, gguf, scorer, progress)
-        sealed = sealed_scores(loop, model_spec(gguf), report.path / JSON, scorer, progress)
-    config = loop.deploy.config
-    model = promote(
-        connect(), candidate, previous_id, actor, reason, comparison_id, action, config, fixed=fixed, sealed=sealed
-    )
-    return Promotion(_record(loop, model, report.manifest.version, previous_id), model, verdict)
+    # Of two people who approve at once, one waits here: both would write the same answers and the same artifact.
+    with wait_for_lock(stage_folder(loop.name, PromotionManifest.stage) / ".promotion", "promotion", log):
+        serving = champion(connect(), loop.name)
+        is_new = serving is None or serving.sha256 != report.manifest.challenger_sha256
+        action: Literal["promote", "approve"] = "promote"
+        if loop.approval == "required" and is_new:
+            approval = ask_for_approval(loop, report, gguf)
+            if approval.state != "approved":
+                return NotApproved(approval)
+            action, actor, reason = "approve", approval.actor or actor, f"{approval.reason}; {reason}"
+        fixed, sealed = [], None
+        if is_new:  # else an earlier try that made it the champion recorded them
+            scorer, progress = loop_files.scorer(loop), ProgressLog(log)
+            fixed = fixed_corrections(loop, gguf, scorer, progress)
+            sealed = sealed_scores(loop, model_spec(gguf), report.path / JSON, scorer, progress)
+        config = loop.deploy.config
+        model = promote(
+            connect(), candidate, previous_id, actor, reason, comparison_id, action, config, fixed=fixed, sealed=sealed
+        )
+        return Promotion(_record(loop, model, report.manifest.version, previous_id), model, verdict)
 
 
 def approve_challenger(
@@ -242,9 +244,7 @@ def _record(
         }
 
     version = version_of(inputs, {"model": model.name, "card": MODEL_CARD})
-    lock = stage_folder(loop.name, PromotionManifest.stage) / f".record-{version}"
-    with wait_for_lock(lock, "promotion", lambda _: None):  # of two people who approve at once, one waits here
-        return get_or_create(PromotionManifest, loop.name, version, make)
+    return get_or_create(PromotionManifest, loop.name, version, make)
 
 
 def verify_report(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest]) -> Verdict:

@@ -424,10 +424,11 @@ def test_garbage_collection_keeps_a_waiting_challenger(waiting):
 
 
 def evaluate_history(loop, instance, cursor=None):  # noqa: F811
-    context = dg.build_sensor_context(
-        instance=instance, cursor=cursor, repository_def=definitions(loop).get_repository_def(), resources=resources()
-    )
-    return history_sensor(loop).evaluate_tick(context)
+    repository = definitions(loop).get_repository_def()
+    with dg.build_sensor_context(
+        instance=instance, cursor=cursor, repository_def=repository, resources=resources()
+    ) as context:
+        return history_sensor(loop).evaluate_tick(context)
 
 
 def test_dagster_shows_what_people_decided(waiting, instance):
