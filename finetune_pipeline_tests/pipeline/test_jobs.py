@@ -257,8 +257,12 @@ def test_dagster_is_down_for_an_hour(db, orchestrator, loop, server, started):
 
     server.start()
     ends_as("paused", db, orchestrator, loop, running)
-    resume(db, orchestrator, loop, running.id)
-    wait_until(lambda: trains(db, orchestrator, loop, running), what=lambda: story(db, running))
+    assert resume(db, orchestrator, loop, running.id).status == "pending"
+    server.kill()  # its run waits in Dagster's queue, which the daemon empties every five seconds
+    assert find_job(db, running.id).status == "pending"
+    server.start()
+    wait_until(lambda: server.trainings(), what=lambda: story(db, running))
+    assert sync(db, orchestrator, loop, running).status == "running"
     server.kill()
     server.start()
     failed = ends_as("failed", db, orchestrator, loop, running)
