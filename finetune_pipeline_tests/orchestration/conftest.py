@@ -77,3 +77,6 @@ def instance(tmp_path):
     folder.mkdir()
     with dg.DagsterInstance.local_temp(str(folder)) as made:
         yield made
+    # Such a context opens the instance again, and then a storage whose instance is gone stays the current one:
+    # every later test of this process that loads definitions fails.
+    assert dg.UPathDefsStateStorage.get() is None, "the test left a sensor's or schedule's context open; use `with`"

@@ -70,8 +70,8 @@ def test_the_job_of_a_request_exists_before_its_run(loop, instance):
     made = definitions(loop)
     resources = {"finetune_home": FinetuneHome(path=str(home()))}
     for _ in range(2):  # the daemon was killed after the first evaluation, and evaluates it again
-        context = dg.build_sensor_context(instance, sensor_name="notes_new_examples", resources=resources)
-        request = made.get_sensor_def("notes_new_examples").evaluate_tick(context).run_requests[0]
+        with dg.build_sensor_context(instance, sensor_name="notes_new_examples", resources=resources) as context:
+            request = made.get_sensor_def("notes_new_examples").evaluate_tick(context).run_requests[0]
         (job,) = list_jobs(connect())
         assert (job.status, job.origin, job.created_by) == ("pending", "sensor", "notes_new_examples")
         assert request.tags[JOB_TAG] == job.id and request.tags[WATERMARK_TAG] == "0"
@@ -84,10 +84,10 @@ def test_a_request_of_a_schedule_has_a_job_of_its_own(loop, instance, name):
     ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
     schedule = definitions(loop).get_schedule_def(f"notes_{name}")
     for night in (1, 2):
-        context = dg.build_schedule_context(
+        with dg.build_schedule_context(
             instance, datetime(2026, 1, night, tzinfo=UTC), resources={"finetune_home": FinetuneHome(path=str(home()))}
-        )
-        (request,) = schedule.evaluate_tick(context).run_requests
+        ) as context:
+            (request,) = schedule.evaluate_tick(context).run_requests
         assert list_jobs(connect())[0].origin == "schedule"
         assert request.tags[JOB_TAG] in {job.id for job in list_jobs(connect())}
         assert bool(request.run_config) == (name == "yearly")
@@ -97,10 +97,10 @@ def test_a_request_of_a_schedule_has_a_job_of_its_own(loop, instance, name):
 
 def test_a_run_that_only_reads_files_is_no_training_job(loop, instance):
     write_events(loop.drop_folder / "log.jsonl", *corrected(["ash"]))
-    context = dg.build_sensor_context(
+    with dg.build_sensor_context(
         instance, sensor_name="notes_new_examples", resources={"finetune_home": FinetuneHome(path=str(home()))}
-    )
-    (request,) = definitions(loop).get_sensor_def("notes_new_examples").evaluate_tick(context).run_requests
+    ) as context:
+        (request,) = definitions(loop).get_sensor_def("notes_new_examples").evaluate_tick(context).run_requests
     assert request.asset_selection and JOB_TAG not in request.tags and list_jobs(connect()) == []
 
 
