@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter
 
 from finetune_pipeline.evaluation.benchmark import BenchmarkQuestion
-from finetune_pipeline.evaluation.metrics import Answer, Count, make_metric, metric_label
+from finetune_pipeline.evaluation.metrics import Answer, Count, make_metrics, metric_label
 from finetune_pipeline.evaluation.metrics.code import CodeTests
 from finetune_pipeline.evaluation.metrics.judge import Judge
 from finetune_pipeline.evaluation.metrics.values import count_hallucinated, json_equal
@@ -53,9 +53,10 @@ class Scorer:
         schema: the output schema; with one, answers are JSON.
         rules: compliance rules on the answer's JSON, or on its text.
         metrics: what `Scores.metrics` count.
+        questions: all metrics have to be usable for these; None checks nothing.
 
     Raises:
-        MetricError: a metric cannot be used here.
+        MetricError: metrics cannot be used here; each problem is a line.
     """
 
     def __init__(
@@ -64,22 +65,14 @@ class Scorer:
         schema: Schema | None = None,
         rules: Sequence[Rule] = (),
         metrics: Sequence[Metric | str] = (),
+        questions: Sequence[BenchmarkQuestion] | None = None,
     ) -> None:
-        first, *others = [_METRIC.validate_python(one) for one in (metric, *metrics)]
-        self.metric, self.metrics = make_metric(first), [make_metric(one) for one in others]
-        self.label, *self.labels = [MetricLabel(one.key, metric_label(one)) for one in (first, *others)]
+        settings = [_METRIC.validate_python(one) for one in (metric, *metrics)]
+        self.metric, *self.metrics = make_metrics(settings, questions)
+        self.label, *self.labels = [MetricLabel(one.key, metric_label(one)) for one in settings]
         self.structured = schema is not None
         self._schema = compile_schema(schema) if schema is not None else None
         self._rules = {rule.id: compile_schema(rule.schema) for rule in rules}
-
-    def check(self, questions: Sequence[BenchmarkQuestion]) -> None:
-        """Check that every metric can be used for these questions.
-
-        Raises:
-            MetricError: one cannot.
-        """
-        for metric in (self.metric, *self.metrics):
-            metric.check(questions)
 
     def count(self, question: BenchmarkQuestion, answer: str) -> Count:
         """Return how much of an answer is correct by the gate's metric."""

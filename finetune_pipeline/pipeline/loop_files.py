@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune_pipeline.artifacts import hash_file
+from finetune_pipeline.artifacts import hash_file, hash_of
 from finetune_pipeline.curation.acceptance import (
     Policy,
     Quota,
@@ -18,6 +18,7 @@ from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.evaluation.benchmark import Benchmark, BenchmarkError, load_benchmark
+from finetune_pipeline.evaluation.metrics import check_metric
 from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.feedback.content_hash import content_hash
@@ -83,7 +84,7 @@ def sealed_benchmark(loop: LoopSettings) -> Benchmark | None:
             f"benchmark too ({', '.join(shared[:3])}); only other questions tell whether that one is overfitted. "
             "Remove them from the sealed one"
         )
-    scorer(loop).metric.check(sealed.questions)
+    check_metric(scorer(loop).metric, sealed.questions)
     return sealed
 
 
@@ -102,12 +103,11 @@ def scorer(loop: LoopSettings) -> Scorer:
     """Return what scores the loop's answers.
 
     Raises:
-        MetricError: a metric cannot be used here.
+        MetricError: metrics cannot be used here; each problem is a line.
     """
     evaluation = loop.evaluation
-    made = Scorer(evaluation.metric, output_schema(loop), rules(loop), evaluation.metrics)
-    made.check(benchmark(loop).questions)
-    return made
+    questions = benchmark(loop).questions
+    return Scorer(evaluation.metric, output_schema(loop), rules(loop), evaluation.metrics, questions)
 
 
 def judging_files(loop: LoopSettings) -> dict[str, str]:
@@ -124,6 +124,17 @@ def judging_files(loop: LoopSettings) -> dict[str, str]:
             files = sorted(texts.rglob("*")) if texts.is_dir() else [texts]
             paths |= {f"{metric.key} {file.name}": file for file in files if file.suffix in {".txt", ".md"}}
     return hashes(**paths)
+
+
+def scored_by(loop: LoopSettings) -> str:
+    """Return the hash of what decides a score: benchmark, schema, and the gate's metric with its options and texts."""
+    metric = loop.evaluation.metric
+    files = {
+        name: sha256
+        for name, sha256 in judging_files(loop).items()
+        if name in {"benchmark", "output_schema"} or name.startswith(f"{metric.key} ")
+    }
+    return hash_of({"metric": metric.model_dump(mode="json"), "files": files})
 
 
 def policy(loop: LoopSettings) -> Policy:

@@ -96,10 +96,9 @@ def test_code_passes_its_tests_or_not(answer: str, passes: int) -> None:
     ],
 )
 def test_questions_are_checked_first(fields: dict[str, Any], words: str) -> None:
-    scorer = Scorer("exact", metrics=["tests"])
-    scorer.check([question(**LAST)])
+    Scorer("exact", metrics=["tests"], questions=[question(**LAST)])
     with pytest.raises(MetricError, match=words):
-        scorer.check([question(**fields)])
+        Scorer("exact", metrics=["tests"], questions=[question(**fields)])
 
 
 FILLS_THE_DISK = """

@@ -162,6 +162,9 @@ def tone(question, answer):
 def wild(question, answer):
     return float(answer)
 
+def first(question, answer):
+    return answer[0] == "Y"
+
 number = 3
 """
 
@@ -229,7 +232,46 @@ def test_a_function_that_is_not_there_is_an_error(own: None, name: str, words: s
 )
 def test_options_that_do_not_fit_the_benchmark_are_an_error(options: dict[str, Any], words: str) -> None:
     with pytest.raises(MetricError, match=words):
-        Scorer({"kind": "parameters", **options}).check([question(LAYERS)])
+        Scorer({"kind": "parameters", **options}, questions=[question(LAYERS)])
+
+
+def test_parameters_need_answers_in_json() -> None:
+    with pytest.raises(MetricError, match="metric parameters counts the values of JSON answers, and every expected"):
+        Scorer("exact", metrics=["parameters"], questions=[question("Yes"), question("No")])
+    Scorer("parameters", questions=[question("Yes"), question(LAYERS)])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "words"),
+    [
+        ("own_metrics.wild", "many", "raised ValueError on question 'q1'"),
+        ("own_metrics.wild", "7", "returned '7'|returned 7.0 for question 'q1'; expected a number from 0 to 1"),
+        (
+            "own_metrics.first",
+            "Yes",
+            "raised IndexError on an empty answer to question 'q1': string index out of range;",
+        ),
+    ],
+)
+def test_a_function_is_tried_on_expected_and_empty_answers(own: None, name: str, expected: str, words: str) -> None:
+    with pytest.raises(MetricError, match=words):
+        Scorer("exact", metrics=[function(name)], questions=[question(expected)])
+    Scorer(function("own_metrics.tone"), questions=[question("Yes")])
+
+
+def test_all_problems_of_all_metrics_are_named_at_once(own: None) -> None:
+    weights = {"kind": "parameters", "weights": {"a": 1, "b": 1, "layers": 2}}
+    other = {**function("own_metrics.wild"), "name": "other"}
+    with pytest.raises(MetricError) as error:
+        Scorer(weights, metrics=[function("nowhere.at_all"), "contains", other], questions=[question(LAYERS)])
+    starts = [
+        "the metric parameters names the path a,",
+        "the metric parameters names the path b,",
+        "the function nowhere.at_all of the metric mine cannot",
+        "the metric other (own_metrics.wild) raised",
+    ]
+    lines = str(error.value).split("\n")
+    assert [line.startswith(f"evaluation: {start}") for line, start in zip(lines, starts, strict=True)] == [True] * 4
 
 
 @pytest.mark.parametrize(

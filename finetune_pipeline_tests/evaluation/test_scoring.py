@@ -37,7 +37,8 @@ THICK = Rule("thick", "Walls are at least 100 mm", {"properties": {"thickness_mm
         ("[" * 5000, 0, False, False, 0, 0),
         ("[" * 500 + "]" * 500, 0, False, False, 0, 0),
         (r'{"element": "wall", "\ud800": 1}', 0, False, False, 0, 0),
-        ('"wall"', 0, False, False, 1, 0),
+        ('"wall"', 0, False, False, 0, 0),  # states nothing at any path
+        ("{}", 0, False, False, 0, 0),
     ],
 )
 def test_parameters(answer: str, correct: int, exact: bool, valid: bool, stated: int, hallucinated: int) -> None:

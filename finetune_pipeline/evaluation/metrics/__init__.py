@@ -10,9 +10,11 @@ function.py    the user's own function
 judge.py       a model that compares two answers
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
+from finetune_pipeline.evaluation.benchmark import BenchmarkQuestion
 from finetune_pipeline.evaluation.metrics.base import Answer, Count, Metric, MetricError
 from finetune_pipeline.evaluation.metrics.code import CodeTests, Parses
 from finetune_pipeline.evaluation.metrics.embedding import EmbeddingSimilarity, Style
@@ -30,7 +32,9 @@ from finetune_pipeline.evaluation.metrics.text import (
 )
 from finetune_pipeline.settings import MetricSettings
 
-__all__ = ["Answer", "Count", "Metric", "MetricError", "make_metric", "metric_label"]
+__all__ = ["Answer", "Count", "Metric", "MetricError", "check_metric", "make_metrics", "metric_label"]
+
+_MAX_PROBLEMS = 20  # of one metric
 
 _METRICS: dict[str, tuple[str, Callable[[Any], Metric]]] = {
     "parameters": ("parameter accuracy", Parameters),
@@ -51,13 +55,40 @@ _METRICS: dict[str, tuple[str, Callable[[Any], Metric]]] = {
 """Kind -> its name in tables, and what makes the metric from its settings."""
 
 
-def make_metric(settings: MetricSettings) -> Metric:
-    """Return the metric of these settings.
+def make_metrics(
+    settings: Sequence[MetricSettings], questions: Sequence[BenchmarkQuestion] | None = None
+) -> list[Metric]:
+    """Return the metrics of these settings.
+
+    Args:
+        settings: of each metric.
+        questions: all metrics have to be usable for these; None checks nothing.
 
     Raises:
-        MetricError: an extra that it needs is not installed, or its function cannot be imported.
+        MetricError: metrics cannot be made, because an extra is not installed or a function cannot be imported, or
+            cannot be used for the questions; each problem is a line.
     """
-    return _METRICS[settings.kind][1](settings)
+    made, problems = [], []
+    for one in settings:
+        try:
+            made.append(_METRICS[one.kind][1](one))
+            if questions is not None:
+                check_metric(made[-1], questions)
+        except MetricError as error:
+            problems.append(str(error))
+    if problems:
+        raise MetricError("\n".join(problems))
+    return made
+
+
+def check_metric(metric: Metric, questions: Sequence[BenchmarkQuestion]) -> None:
+    """Check that a metric can be used for these questions.
+
+    Raises:
+        MetricError: it cannot; each problem is a line.
+    """
+    if problems := list(islice(metric.problems(questions), _MAX_PROBLEMS)):
+        raise MetricError("\n".join(problems))
 
 
 def metric_label(settings: MetricSettings) -> str:

@@ -1,7 +1,7 @@
 """What every metric has: it counts how much of an answer is correct."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ THOUSANDTHS = 1000
 
 
 class MetricError(ValueError):
-    """A metric cannot be used; the message names it, what was found, and what to do."""
+    """A metric cannot be used; each line of the message names it, what was found, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,9 @@ class Metric(ABC):
     constant_scorings: ClassVar[int] = 100_000
     """How many answers may be scored in the search for the best constant answer; 0: there is no such search."""
 
-    def check(self, questions: Sequence[BenchmarkQuestion]) -> None:  # noqa: B027
-        """Check that the metric can be used for these questions.
-
-        Raises:
-            MetricError: it cannot.
-        """
+    def problems(self, questions: Sequence[BenchmarkQuestion]) -> Iterator[str]:
+        """Yield why the metric cannot be used for these questions."""
+        yield from ()
 
     @abstractmethod
     def count(self, question: BenchmarkQuestion, answer: Answer) -> Count:

@@ -3,7 +3,7 @@
 import ast
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -53,21 +53,18 @@ class CodeTests(Metric):
                 f"cannot be isolated here: {problem}; fix that, or remove the metric"
             )
 
-    def check(self, questions: Sequence[BenchmarkQuestion]) -> None:
-        """Check that every question has tests, and that its expected answer passes them.
-
-        Raises:
-            MetricError: a question has none, or its expected answer fails.
-        """
+    def problems(self, questions: Sequence[BenchmarkQuestion]) -> Iterator[str]:
+        """Yield a problem for each question without tests, and for each whose expected answer does not pass them."""
         for question in questions:
             if not question.tests:
-                raise MetricError(
+                yield (
                     f"evaluation: the metric {self._settings.key} needs the tests of every question, and "
                     f'{question.id!r} has none; add "tests", Python code that raises if the answer is wrong'
                 )
+                continue
             result = self._run(question, answer_text(question.expected))
             if not result.passed:
-                raise MetricError(
+                yield (
                     f"evaluation: the expected answer of {question.id!r} does not pass its own tests "
                     f"({result.problem}); correct one of them"
                 )

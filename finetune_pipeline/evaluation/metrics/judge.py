@@ -301,11 +301,11 @@ class Judge(Metric):
                 # The client's own timeout is of each part of a response.
                 completion = await asyncio.wait_for(model.generate(request), self.settings.timeout_seconds)
             except RequestRefused as error:
-                return _JudgeReply("", f"the request was refused: {error_line(error)}")
+                return _JudgeReply("", f"the request was refused: {error_line(error).rstrip('.')}")
             except TimeoutError:
                 problem = f"no reply within {self.settings.timeout_seconds:g} seconds"
             except EngineError as error:
-                problem = error_line(error)
+                problem = error_line(error).rstrip(".")  # it is shown within a sentence
             else:
                 return _JudgeReply(completion.text)
         return _JudgeReply("", problem, failed=True)

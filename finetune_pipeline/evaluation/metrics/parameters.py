@@ -1,11 +1,11 @@
 """Parameter accuracy: values of the expected JSON that the answer has, with weights, tolerances and unordered lists."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeVar
 
 from finetune_pipeline.evaluation.benchmark import BenchmarkQuestion
-from finetune_pipeline.evaluation.metrics.base import Answer, Count, Metric, MetricError
+from finetune_pipeline.evaluation.metrics.base import Answer, Count, Metric
 from finetune_pipeline.evaluation.metrics.values import Path, leaves, same_value
 from finetune_pipeline.schemas import children
 from finetune_pipeline.settings import ParametersMetric
@@ -33,12 +33,14 @@ class Parameters(Metric):
         """Return whether every value counts once and has to be the same at the same path."""
         return not (self._weights or self._tolerances or self._relative or self._unordered)
 
-    def check(self, questions: Sequence[BenchmarkQuestion]) -> None:
-        """Raise an error for a path that no expected answer has, and for a benchmark without any weight.
-
-        Raises:
-            MetricError: there is such a path, or every value has the weight 0.
-        """
+    def problems(self, questions: Sequence[BenchmarkQuestion]) -> Iterator[str]:
+        """Yield a problem for expected answers that are texts, paths that none has, and weights that are all 0."""
+        if all(isinstance(question.expected, str) for question in questions):
+            yield (
+                f"evaluation: the metric {self._key} counts the values of JSON answers, and every expected answer is a "
+                "text; choose a metric of texts, such as exact or rouge1"
+            )
+            return
         known = {
             keys[:length]
             for question in questions
@@ -46,13 +48,13 @@ class Parameters(Metric):
             for length in range(1, len(keys) + 1)
         }
         unknown = [keys for keys in (*self._weights, *self._tolerances, *self._unordered) if keys not in known]
-        if unknown:
-            raise MetricError(
-                f"evaluation: the metric {self._key} names the path {'.'.join(unknown[0])}, which no expected answer "
-                "has; correct it (written with dots, without the indices of lists)"
+        for keys in dict.fromkeys(unknown):
+            yield (
+                f"evaluation: the metric {self._key} names the path {'.'.join(keys)}, which no expected answer has; "
+                "correct it (written with dots, without the indices of lists)"
             )
         if not any(self.count(question, Answer("", None, exact=False)).total for question in questions):
-            raise MetricError(
+            yield (
                 f"evaluation: the metric {self._key} gives every value of the benchmark the weight 0; give one a weight"
             )
 

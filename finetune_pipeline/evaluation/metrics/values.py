@@ -46,10 +46,10 @@ def json_equal(left: Any, right: Any) -> bool:
 def count_hallucinated(expected: Any, stated: Any) -> tuple[int, int]:
     """Return (stated, hallucinated): the leaves of an answer, and those at a path that `expected` does not have.
 
-    A null states nothing, so a "not given" is no hallucination.
+    A null states nothing, so a "not given" is no hallucination. Neither does an answer without any path, such as {}.
     """
     known = {path[:length] for path, _ in leaves(expected) for length in range(len(path) + 1)}
-    found = [path for path, value in leaves(stated) if value is not None]
+    found = [path for path, value in leaves(stated) if path and value is not None]
     return len(found), sum(path not in known for path in found)
 
 
