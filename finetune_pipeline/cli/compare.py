@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 @click.argument("second", metavar="B", is_eager=True)
 @click.option("--api-key-env", metavar="NAME", help="Environment variable with the API key of the endpoint.")
 @click.option(
-    "--questions", type=click.IntRange(0), default=5, show_default=True, help="Changed answers to print, losses first."
+    "--questions",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    help="Changed answers to print, losses first, and questions without an expected answer.",
 )
 @json_option
 @loop_option
@@ -53,7 +57,11 @@ def compare(
     console = Console(markup=False, highlight=False)
     for part in _parts(done, questions):
         console.print(part)
-    click.echo(f"\nreport  {folder / HTML}")  # not by rich, which would break the path
+    # Not by rich, which would break what people copy.
+    click.echo(f"\nbenchmark  {done.comparison.benchmark_sha256}")
+    for role, model in done.comparison.models.items():
+        click.echo(f"{_LETTERS[role]:<9}  {model.gguf_sha256}")
+    click.echo(f"report     {folder / HTML}")
 
 
 _LETTERS: dict["Role", str] = {"base": "base", "champion": "A", "challenger": "B"}
@@ -61,7 +69,7 @@ _LETTERS: dict["Role", str] = {"base": "base", "champion": "A", "challenger": "B
 
 def _parts(done: "FinishedComparison", questions: int) -> Iterator[str | Text | Table]:
     """Yield the lines and tables of the comparison, as the report has them."""
-    from finetune_pipeline.evaluation.gate import slices_text
+    from finetune_pipeline.evaluation.gate import capacity, slices_text
     from finetune_pipeline.evaluation.metric_table import metric_table
 
     comparison, facts = done.comparison, done.facts
@@ -70,7 +78,8 @@ def _parts(done: "FinishedComparison", questions: int) -> Iterator[str | Text | 
     s = comparison.significance
     p_value = f"p = {s.p_value:.4f}" if s.p_value >= 0.0001 else "p < 0.0001"
     yield f"B against A: {done.record.wins:,} won, {done.record.losses:,} lost, {done.record.ties:,} tied"
-    yield f"{p_value} ({s.method}, one-sided, {s.questions:,} questions)\n"
+    yield f"{p_value} ({s.method}, one-sided, {s.questions:,} questions)"
+    yield f"{capacity(s, done.gate.significance_level)}\n"
     for role, model in comparison.models.items():
         yield f"{_LETTERS[role]:<4}  {model.origin or model.name}"
     yield ""
@@ -85,6 +94,8 @@ def _parts(done: "FinishedComparison", questions: int) -> Iterator[str | Text | 
             yield ""
             yield _group_table(comparison, title, groups)
     yield f"slices: {slices_text(comparison.slice_tests(done.gate), done.gate)}"
+    if suite := comparison.regression_test(done.gate):
+        yield f"regression suite, A as the champion and B as the challenger: {suite.text}"
     yield ""
     yield _confidence_table(comparison, done.threshold)
     for title, rows in (("from use", facts.use), ("training", facts.training)):
@@ -99,11 +110,11 @@ def _parts(done: "FinishedComparison", questions: int) -> Iterator[str | Text | 
     if facts.trend.points:
         scores = ", ".join(f"{point.version} {point.score:.1%}" for point in facts.trend.points)
         yield f"\npromoted versions on this benchmark: {scores}"
+    if facts.sealed:
+        yield f"\nsealed benchmark: {facts.sealed}"
     yield ""
     yield from _changed_answers(comparison, questions)
-    yield f"\nbenchmark {comparison.benchmark_sha256[:16]}"
-    for role, model in comparison.models.items():
-        yield f"{_LETTERS[role]:<9} {model.gguf_sha256[:16]}"
+    yield from _open_questions(comparison, questions)
 
 
 def _metric_table(comparison: "Comparison", title: str, rows: "Sequence[MetricRow]", missing: str) -> Table:
@@ -167,3 +178,16 @@ def _changed_answers(comparison: "Comparison", limit: int) -> Iterator[str | Tex
             yield Text(f"  {name:<8}  {one_line(answer)}", no_wrap=True, overflow="ellipsis")  # the report has all
     if len(changed) > limit:
         yield f"\nand {len(changed) - limit:,} more in the report"
+
+
+def _open_questions(comparison: "Comparison", limit: int) -> Iterator[str | Text]:
+    asked = comparison.open_questions
+    if asked:
+        yield f"\nquestions without an expected answer, for people to compare: {len(asked):,}"
+    for index, question in enumerate(asked[:limit]):
+        yield f"\n{question.id}: {one_line(question.prompt)}"
+        for role, model in comparison.models.items():
+            text = one_line(model.open_answers[index].text)
+            yield Text(f"  {_LETTERS[role]:<8}  {text}", no_wrap=True, overflow="ellipsis")
+    if len(asked) > limit:
+        yield f"\nand {len(asked) - limit:,} more in the report"

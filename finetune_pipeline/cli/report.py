@@ -19,6 +19,9 @@ def report(loop: LoopSettings, in_browser: bool, as_json: bool) -> None:
     It compares the challenger with the champion, with all answers. `finetune model show` names the report of an older
     version.
     """
+    from finetune_pipeline.database import connect
+    from finetune_pipeline.pipeline.sealed_benchmark import sealed_summary
+
     found = get_latest(ReportManifest, loop.name)
     if found is None:
         raise ArtifactError(f"loop {loop.name} has no report yet; `{with_loop('finetune run', loop)}` makes one")
@@ -28,6 +31,8 @@ def report(loop: LoopSettings, in_browser: bool, as_json: bool) -> None:
         print_json({**manifest.model_dump(include=kept), "html": path, "json": found.path / JSON})
     else:
         click.echo(f"{manifest.decision}: {manifest.reason}")
+        if sealed := sealed_summary(loop, connect()):
+            click.echo(f"sealed benchmark: {sealed}")
         click.echo(path)
     if in_browser and click.launch(path.as_uri()) != 0:
         raise click.ClickException(f"No browser could be started; open {path} by hand.")

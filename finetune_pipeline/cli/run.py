@@ -59,9 +59,10 @@ def run(loop: LoopSettings, verbose: bool, if_triggered: bool) -> None:
         if not due:
             return
     click.echo(f"checking the files, settings and base model of loop {loop.name}")
-    from finetune_pipeline.pipeline.check_loop import check_loop
+    from finetune_pipeline.pipeline.check_loop import benchmark_note, check_loop
 
     refuse(loop, check_loop(loop))
+    click.echo(benchmark_note(loop))
     sys.exit(run_job(loop, *new_run(loop), verbose=verbose))
 
 
@@ -71,8 +72,9 @@ def run(loop: LoopSettings, verbose: bool, if_triggered: bool) -> None:
 def check(name: str | None, as_json: bool) -> None:
     """Check the loop's settings, files and base model, and run nothing.
 
-    Lists every problem that `finetune run` would stop at. The exit code is 1 if there is one. Weights of a base model
-    on Hugging Face are not downloaded. If a setting is invalid, the others are checked with its default.
+    Lists every problem that `finetune run` would stop at. The exit code is 1 if there is one. Otherwise it says which
+    gains the benchmark can find, and how many questions it needs if it can decide nothing. Weights of a base model on
+    Hugging Face are not downloaded. If a setting is invalid, the others are checked with its default.
     """
     invalid = []
     try:
@@ -82,18 +84,20 @@ def check(name: str | None, as_json: bool) -> None:
             raise
         loop, invalid = error.valid, error.problems
         click.echo("some settings are invalid; the others are checked with the defaults of these", err=True)
-    from finetune_pipeline.pipeline.check_loop import check_loop
+    from finetune_pipeline.pipeline.check_loop import benchmark_note, check_loop
 
     problems = [*invalid, *check_loop(loop, download=False)]
     try:
         environment()
     except SettingsError as error:  # the home cannot be written
         problems.append(str(error))
+    notes = [] if problems else [benchmark_note(loop)]
     if as_json:
-        print_json({"loop": loop.name, "problems": problems})
+        print_json({"loop": loop.name, "problems": problems, "notes": notes})
         sys.exit(1 if problems else 0)
     refuse(loop, problems)
-    click.echo(f"loop {loop.name}: no problems found")
+    for line in (f"loop {loop.name}: no problems found", *notes):
+        click.echo(line)
 
 
 def refuse(loop: LoopSettings, problems: Sequence[str]) -> None:

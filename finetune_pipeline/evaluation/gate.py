@@ -15,6 +15,8 @@ from finetune_pipeline.evaluation.significance import (
     SliceTest,
     detectable_gain,
     fewest_wins,
+    gain_found_by,
+    questions_for,
     questions_needed,
 )
 from finetune_pipeline.settings import BUDGET_TESTS, GateSettings
@@ -27,6 +29,11 @@ HEADLINES: dict[Decision, str] = {
     "inconclusive": "Inconclusive: the champion stays",
 }
 """The decisions as people read them."""
+
+USUALLY_DIFFERING = 0.15
+"""Fraction of the questions whose score usually differs between two trainings, for what a benchmark can decide."""
+
+_GAIN = 0.05  # for which a benchmark that can decide nothing is told the number of questions
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,8 @@ class Verdict:
     The floats are for display only; None where they would divide by zero.
 
     Attributes:
-        reason: the numbers in the first line, then the evidence and the regression suite if they were measured, then a
-            line for each reason against a promotion.
+        reason: the numbers in the first line, then a line for each reason against a promotion, then the evidence, the
+            regression suite and the error budget if there are any.
         evidence: what the paired test by itself says; empty if it was not measured.
         required_correct: the lowest score that meets the rules on gain and score; more than `total` if none can.
         minimum_correct: the score that the challenger has to exceed, whatever the champion's score.
@@ -95,6 +102,12 @@ class Verdict:
     error_reduction: float | None
     more_questions: int | None = None
     tests_left: int | None = None
+
+    @property
+    def markdown(self) -> str:
+        """The reason for Dagster's UI, which would join its lines: the numbers, and a list of the other lines."""
+        statement, *others = self.reason.split("\n")
+        return "\n".join([statement, *(["", *(f"- {line}" for line in others)] if others else [])])
 
     @property
     def promote(self) -> bool:
@@ -166,31 +179,23 @@ def decide(
     gain = challenger_correct - champion_correct
     base = {"relative": champion_correct, "points": total, "error_reduction": total - champion_correct}[settings.mode]
     required_gain = max(1, math.ceil(_fraction(settings.min_gain) * base))
-    if settings.min_score is None:
-        minimum = floor.constant_correct
-        minimum_text = f"the best constant answer scores {minimum:,} of {total:,}"
-    else:
-        minimum = math.floor(_fraction(settings.min_score) * total)
-        minimum_text = f"more than {minimum:,} of {total:,} correct needed by gate.min_score {settings.min_score:g}"
-    valid_text = f"{floor.valid:,} of {floor.answers:,} answers valid"
-    if floor.structured:
-        valid_text = f"{floor.valid:,} of {floor.answers:,} unconstrained answers valid, more than half required"
+    minimum = _minimum(floor, total, settings)
+    required = max(champion_correct + required_gain, minimum + 1)
     statement = (
         f"challenger {challenger_correct:,} of {total:,} correct, champion {champion_correct:,}: "
-        f"{_gain_text(gain, base, settings)}; {minimum_text}; {valid_text}"
+        f"{_gain_text(gain, base, settings)}; {_floor_text(floor, minimum, total, settings)}"
     )
     objections = []
     if challenger_correct <= minimum:
         objections.append(f"it needs more than {minimum:,} correct, however low the champion's score is")
     if floor.structured and 2 * floor.valid <= floor.answers:
         objections.append("most of its unconstrained answers do not pass the output schema")
-    required = max(champion_correct + required_gain, minimum + 1)
     if required > total:
         objections.append(_out_of_reach(champion_correct, total, required, minimum, settings))
     if settings.slices == "required":
         objections += [_regression_text(one, settings) for one in slices if one.status == "regressed"]
-
-    if settings.regression == "required" and regression and regression.exceeded:
+    breaks_too_many = settings.regression == "required" and regression is not None and regression.exceeded
+    if regression and breaks_too_many:
         objections.append(f"it breaks too many fixed corrections: {regression.text}")
 
     evidence = _weigh(significance, gain, required_gain, total, settings) if significance else None
@@ -211,11 +216,13 @@ def decide(
             objections.append(short)
 
     shown = [evidence.text] if evidence else []
-    if regression and not (settings.regression == "required" and regression.exceeded):
+    if regression and not breaks_too_many:
         shown.append(f"regression suite: {regression.text}")
+    if required_test and budget:
+        shown.append(f"error budget: {counted(budget.left, 'further comparison')} until it is renewed")
     return Verdict(
         decision="reject" if objections else "inconclusive" if undecided else "promote",
-        reason="\n".join([statement, *shown, *objections, *undecided]),
+        reason="\n".join([statement, *objections, *undecided, *shown]),
         evidence=evidence.text if evidence else "",
         champion_correct=champion_correct,
         challenger_correct=challenger_correct,
@@ -242,6 +249,20 @@ def slices_text(slices: Sequence[SliceTest], settings: GateSettings) -> str:
     if small:
         parts.append(f"too small to tell: {', '.join(small)}")
     return "; ".join(parts)
+
+
+def _minimum(floor: QualityFloor, total: int, settings: GateSettings) -> int:
+    """Return the score that a challenger has to exceed, whatever the champion's score."""
+    return floor.constant_correct if settings.min_score is None else math.floor(_fraction(settings.min_score) * total)
+
+
+def _floor_text(floor: QualityFloor, minimum: int, total: int, settings: GateSettings) -> str:
+    valid = f"{floor.valid:,} of {floor.answers:,} answers valid"
+    if floor.structured:
+        valid = f"{floor.valid:,} of {floor.answers:,} unconstrained answers valid, more than half required"
+    if settings.min_score is None:
+        return f"the best constant answer scores {minimum:,} of {total:,}; {valid}"
+    return f"more than {minimum:,} of {total:,} correct needed by gate.min_score {settings.min_score:g}; {valid}"
 
 
 def _regression_text(one: SliceTest, settings: GateSettings) -> str:
@@ -277,19 +298,45 @@ def _weigh(found: Significance, gain: int, required_gain: int, total: int, setti
         wanted = questions_needed(found, (required_gain - gain) / total, level)
     more = _rounded_up(max(wanted - found.questions, 1))
     what = "whether the gain is enough is open" if gains else "by itself the comparison is inconclusive"
-    text = f"{numbers}; {what}: {_more(more)} ({_capacity(found, level)})"
+    text = f"{numbers}; {what}: {_more(more)} ({capacity(found, level)})"
     return _Evidence(gains, falls_short, more, text)
 
 
-def _capacity(found: Significance, level: float) -> str:
+def too_few(questions: int, units: int, level: float) -> str:
+    """Return why a benchmark can decide nothing and how many questions are needed; empty if it can decide.
+
+    Args:
+        questions: of the benchmark, which have an expected answer.
+        units: what is independent of each other: the questions, or their clusters.
+        level: of one comparison, `GateSettings.test_level`.
+    """
+    least, unit = fewest_wins(level), "cluster" if units < questions else "question"
+    if units >= least:
+        return ""
+    return (
+        f"{counted(units, unit)} can decide nothing: even {units:,} won and none lost would give p = "
+        f"{0.5**units:.2g}; at least {least:,} are needed"
+    )
+
+
+def benchmark_capacity(questions: int, units: int, settings: GateSettings) -> str:
+    """Return what a benchmark can decide before anything was compared; the arguments are those of `too_few`.
+
+    How often two models differ is unknown, so the text assumes what is common between two trainings.
+    """
+    level, assumed = settings.test_level, f"if {USUALLY_DIFFERING:.0%} of the answers differ"
+    if few := too_few(questions, units, level):
+        wanted = _rounded_up(questions_for(_GAIN, USUALLY_DIFFERING, level))
+        return f"{few}, and about {wanted:,} to find a gain of {100 * _GAIN:g} points {assumed}"
+    smallest = gain_found_by(units, USUALLY_DIFFERING, level)
+    return f"{counted(questions, 'question')} find gains from about {100 * smallest:.1f} points {assumed}"
+
+
+def capacity(found: Significance, level: float) -> str:
     """Return what as many questions as these can decide."""
-    least, unit = fewest_wins(level), "cluster" if found.units < found.questions else "question"
-    if found.units < least:
-        return (
-            f"{counted(found.units, unit)} can decide nothing: even {found.units:,} won and none lost would give p = "
-            f"{0.5**found.units:.2g}; at least {least:,} are needed"
-        )
-    return f"{found.questions:,} questions find gains from about {100 * detectable_gain(found, level):.1f} points"
+    return too_few(found.questions, found.units, level) or (
+        f"{found.questions:,} questions find gains from about {100 * detectable_gain(found, level):.1f} points"
+    )
 
 
 def _more(count: int | None) -> str:

@@ -45,12 +45,12 @@ class MetricRow:
 
     @property
     def better(self) -> bool | None:
-        """Return whether the challenger is better; None if both are equal or one is unknown, or if no value is."""
-        if self.higher_is_better is None:
+        """Return whether the challenger is better; None if no value is, one is unknown, or the change is shown as 0."""
+        if self.higher_is_better is None or self.change is None:
             return None
-        if self.champion is None or self.challenger is None or self.champion == self.challenger:
+        if self.cells[-1] == format_metric(0.0, self.unit, signed=True):
             return None
-        return (self.challenger > self.champion) == self.higher_is_better
+        return (self.change > 0) == self.higher_is_better
 
     @property
     def change(self) -> float | None:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from textwrap import shorten, wrap
 from typing import TYPE_CHECKING, Literal
 
 from finetune_pipeline.evaluation.comparison import Comparison, ModelResult, Role
@@ -17,6 +18,7 @@ Plot = Callable[["Axes"], None]
 # Colors that can be told apart on a white and on a dark page.
 COLORS: dict[Role, str] = {"base": "#d6a04c", "champion": "#8594a8", "challenger": "#3b82f6"}
 BETTER, WORSE = "#16a34a", "#dc2626"
+_TITLE = 40  # characters of a line that fit over a plot
 _BARS = 0.76
 """Height of the bars of one row together."""
 
@@ -45,14 +47,18 @@ def draw(plots: Sequence[Plot], size: tuple[float, float], form: Literal["svg", 
 
 def plot_png(comparison: Comparison) -> bytes:
     """Return a small PNG for Dagster's metadata: metrics, and the change in each slice."""
-    height = max(3.0, 1.2 + 0.3 * len(comparison.slices))
+    bars = len(_percent_rows(comparison)) * len(comparison.models)
+    height = max(3.0, 1.2 + 0.3 * len(comparison.slices), 1.2 + 0.2 * bars)
     return draw([metrics_plot(comparison), slices_plot(comparison)], (10, height), "png")
 
 
 def metrics_plot(comparison: Comparison) -> Plot:
     """Plot the metrics in percent."""
-    rows = [row for row in metric_table(comparison) if row.unit == "%" and row.challenger is not None]
-    return _percent_plot(rows, comparison, "Metrics")
+    return _percent_plot(_percent_rows(comparison), comparison, "Metrics")
+
+
+def _percent_rows(comparison: Comparison) -> list[MetricRow]:
+    return [row for row in metric_table(comparison) if row.unit == "%" and row.challenger is not None]
 
 
 def slices_plot(comparison: Comparison) -> Plot:
@@ -88,8 +94,8 @@ def confidence_plot(model: ModelResult, threshold: float) -> Plot:
         axes.hist([correct, incorrect], bins=edges, stacked=True, color=[BETTER, WORSE], label=["correct", "incorrect"])
         axes.axvline(threshold, color=COLORS["challenger"], linestyle="--", label=f"threshold {threshold:g}")
         axes.set(xlabel="confidence", ylabel="answers")
-        axes.legend(frameon=False)
-        axes.set_title(f"Answers by confidence, {model.name}")
+        _legend_below(axes)
+        axes.set_title(f"Answers by confidence, {_short(model.name)}")
 
     return plot
 
@@ -102,13 +108,13 @@ def reliability_plot(comparison: Comparison, confidence: Mapping[Role, Confidenc
         for role, model in comparison.models.items():
             bins = confidence[role].bins
             x, y = [one.confidence for one in bins], [one.accuracy for one in bins]
-            axes.plot(x, y, "o-", color=COLORS[role], markersize=3.5, linewidth=1.3, label=model.name)
+            axes.plot(x, y, "o-", color=COLORS[role], markersize=3.5, linewidth=1.3, label=_short(model.name))
             if role == "challenger":
                 axes.vlines(x, [one.low for one in bins], [one.high for one in bins], color=COLORS[role], alpha=0.45)
         axes.set(xlabel="mean confidence (dotted: calibrated)", ylabel="fraction correct")
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         axes.grid(axis="both")
-        axes.legend(frameon=False, loc="upper left")
+        _legend_below(axes)
         axes.set_title("Reliability")
 
     return plot
@@ -118,21 +124,26 @@ def trend_plot(trend: Trend, comparison: Comparison) -> Plot:
     """Plot the score of each promoted version and of the challenger, and the base model's as a line."""
     totals = {role: model.totals.correct / model.totals.total for role, model in comparison.models.items()}
     names = [point.version for point in trend.points]
-    scores = [point.score for point in trend.points]
+    starts = [index for index, point in enumerate(trend.points) if index == 0 or point.after_gap]
 
     def plot(axes: "Axes") -> None:
         base = totals.get("base", None if names else totals["champion"])
         if base is not None:
             axes.axhline(base, color=COLORS["base"], linestyle="--", linewidth=1.2, label="base model")
-        axes.plot(range(len(names)), scores, "o-", color=COLORS["champion"], label="promoted versions")
-        axes.plot(len(names), totals["challenger"], "D", color=COLORS["challenger"], label=comparison.challenger.name)
-        axes.set_xticks(range(len(names) + 1), [*names, "challenger"], rotation=30, ha="right")
+        for start, end in zip(starts, [*starts[1:], len(names)], strict=True):  # no line leads over a gap
+            scores = [point.score for point in trend.points[start:end]]
+            label = "promoted versions" if start == 0 else None
+            axes.plot(range(start, end), scores, "o-", color=COLORS["champion"], label=label)
+        name = _short(comparison.challenger.name)
+        axes.plot(len(names), totals["challenger"], "D", color=COLORS["challenger"], label=name)
+        axes.set_xticks(range(len(names) + 1), [*names, name], rotation=30, ha="right")
         axes.set_xlim(-0.5, len(names) + 0.5)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.grid(axis="y")
         axes.grid(visible=False, axis="x")
-        axes.legend(frameon=False, fontsize=8)
-        axes.set_title(f"Trend: {comparison.metric.name} on this benchmark")
+        axes.margins(y=0.12)
+        _legend_below(axes)
+        axes.set_title("\n".join(wrap(f"Trend: {comparison.metric.name}", _TITLE)))
 
     return plot
 
@@ -147,8 +158,8 @@ def training_plot(curve: TrainingCurve) -> Plot:
         axes.axvline(curve.kept_step, color=COLORS["champion"], linewidth=1, label=f"kept: step {curve.kept_step}")
         axes.set(xlabel="step", ylabel="loss per completion token", ylim=(0, None))
         axes.grid(axis="both")
-        axes.legend(frameon=False)
-        axes.set_title(f"Training of {curve.name}")
+        _legend_below(axes)
+        axes.set_title(f"Training of {_short(curve.name)}")
 
     return plot
 
@@ -161,6 +172,18 @@ def _percent_plot(rows: Sequence[MetricRow], comparison: Comparison, title: str)
         axes.set_title(title)
 
     return plot
+
+
+def _legend_below(axes: "Axes") -> None:
+    """Show the legend under the plot, where it hides nothing."""
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    )
+
+
+def _short(name: str) -> str:
+    """Return a model's name without its loop, for which a plot has no room: "v1.2.0"."""
+    return shorten(name.rpartition("@")[2], _TITLE, placeholder="...")
 
 
 def _paired_bars(axes: "Axes", rows: Sequence[MetricRow], comparison: Comparison) -> None:

@@ -25,7 +25,15 @@ from finetune_pipeline.evaluation.comparison import (
     Role,
 )
 from finetune_pipeline.evaluation.confidence import ConfidenceSeparation, separate_by_confidence
-from finetune_pipeline.evaluation.gate import HEADLINES, BudgetState, QualityFloor, Verdict, decide, slices_text
+from finetune_pipeline.evaluation.gate import (
+    HEADLINES,
+    BudgetState,
+    QualityFloor,
+    Verdict,
+    capacity,
+    decide,
+    slices_text,
+)
 from finetune_pipeline.evaluation.metric_table import MetricRow, format_metric, metric_table
 from finetune_pipeline.evaluation.plots import (
     Plot,
@@ -63,10 +71,9 @@ class SliceScore:
 
 @dataclass(frozen=True)
 class ReportScore:
-    """The challenger's score in a report, with what it depends on."""
+    """The challenger's score in a report, with the hash of what decides a score; "" in older reports."""
 
-    benchmark_sha256: str
-    metric: str
+    scored_by: str
     score: float
 
 
@@ -95,6 +102,7 @@ def write_report(
     facts: ReportFacts | None = None,
     created_at: datetime | None = None,
     budget: BudgetState | None = None,
+    scored_by: str = "",
 ) -> None:
     """Write `report.html` and `report.json` into a folder.
 
@@ -106,6 +114,7 @@ def write_report(
         facts: what is known of the models beside their answers.
         created_at: default now.
         budget: the state of the error budget that gave the verdict; None unless it is required.
+        scored_by: hash of what decides a score, without which scores of other reports cannot be compared with this one.
     """
     moment = created_at or datetime.now(UTC)
     confidence = {
@@ -115,11 +124,12 @@ def write_report(
         for role, model in comparison.models.items()
     }
     facts = facts or ReportFacts()
-    data = _as_json(loop, comparison, verdict, gate, budget, confidence, facts, moment)
+    data = _as_json(loop, comparison, verdict, gate, budget, confidence, facts, moment) | {"scored_by": scored_by}
     write_text(folder / JSON, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     failures = [
         Counter(rule for score in model.scores for rule in score.failed_rules) for model in comparison.models.values()
     ]
+    flips = _flips(comparison)
     page = _template().render(
         loop=loop,
         created_at=moment.strftime("%Y-%m-%d %H:%M UTC"),
@@ -130,12 +140,14 @@ def write_report(
         gate=gate,
         headline=HEADLINES[verdict.decision] if verdict else comparison.summary,
         slices=slices_text(comparison.slice_tests(gate), gate),
+        capacity=capacity(comparison.significance, gate.significance_level),
         regression=comparison.regression_test(gate),
         metrics=metric_table(comparison),
         facts=facts,
         plots=_plots(comparison, confidence, facts),
         confidence=confidence,
-        flips=_flips(comparison),
+        flips=flips,
+        same_answers=len(comparison.questions) - sum(map(len, flips.values())),
         invalid=_invalid_answers(comparison),
         violations=[one for one in comparison.questions if one.challenger_scores.failed_rules],
         rule_counts=[(rule.id, rule.title, [count[rule.id] for count in failures]) for rule in rules],
@@ -252,7 +264,7 @@ def score_of_report(path: Path) -> ReportScore:
     """
     with _open_report(path) as data:
         totals = data["challenger"]["totals"]
-        return ReportScore(data["benchmark_sha256"], data["metric"], totals["correct"] / totals["total"])
+        return ReportScore(data.get("scored_by", ""), totals["correct"] / totals["total"])
 
 
 def scores_by_question(path: Path) -> dict[str, tuple[int, int, str | None]]:

@@ -15,11 +15,16 @@ CONVERGED = 0.95
 
 @dataclass(frozen=True)
 class TrendPoint:
-    """The score of a promoted version on the benchmark of the report, by the metric of the report."""
+    """The score of a promoted version on the benchmark of the report, by the metric of the report.
+
+    Attributes:
+        after_gap: the version promoted before it was left out, so the two neighbors in the trend are not neighbors.
+    """
 
     version: str
     score: float
     promoted_at: datetime
+    after_gap: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,8 @@ class Trend:
     """The scores of the promoted versions, oldest first.
 
     Attributes:
-        left_out: promoted versions that were evaluated on another benchmark or by another metric, so that their scores
-            cannot be compared with these.
+        left_out: promoted versions that were evaluated on another benchmark, by another metric or with other options of
+            it, so that their scores cannot be compared with these.
     """
 
     points: tuple[TrendPoint, ...] = ()
@@ -80,7 +85,7 @@ class ReportFacts:
     Attributes:
         use: metrics of each model from use; a value that was not measured is None.
         training: metrics of each model's training.
-        sealed: what the newest look at the sealed benchmark found; empty without one.
+        sealed: what the newest look at the sealed benchmark found, and when it is asked next; empty without one.
         hashes: name -> SHA-256 or version of everything that the report is about.
     """
 

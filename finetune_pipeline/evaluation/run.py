@@ -146,7 +146,7 @@ def compare_models(
     Args:
         on_progress: called with the contender's name, the number of answers so far, and the number of questions; then
             with "all models, timed,".
-        base: the base model, which is shown beside the two; left out if it is one of them, by its hash.
+        base: the base model, which is shown beside the two; left out if it is one of them, by its files or their hash.
         open_engine: opens a model; tests pass a fake.
         constraint: JSON Schema to which decoding is constrained in service; None if it is not.
 
@@ -154,6 +154,8 @@ def compare_models(
         EngineError: a model cannot be loaded, crashed, or rejected a question.
         MetricError: a metric failed, or a judge does not answer.
     """
+    if base and base.spec in (champion.spec, challenger.spec):
+        base = None
     contenders = [champion, challenger, *([base] if base else [])]
 
     def answered(

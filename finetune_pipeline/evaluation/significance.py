@@ -213,6 +213,22 @@ def detectable_gain(found: Significance, level: float) -> float:
     return (_quantile(level) + _NORMAL.inv_cdf(POWER)) * found.standard_error
 
 
+def gain_found_by(units: int, differing: float, level: float) -> float:
+    """Return the gain in points that so many questions find with probability `POWER`, each of them right or wrong.
+
+    Args:
+        units: the questions, or their clusters.
+        differing: fraction of them whose answer is right by one model only.
+        level: of the one-sided test.
+    """
+    return min((_quantile(level) + _NORMAL.inv_cdf(POWER)) * math.sqrt(differing / units), 1.0)
+
+
+def questions_for(gain: float, differing: float, level: float) -> int:
+    """Return how many questions find a gain; the inverse of `gain_found_by`."""
+    return math.ceil(((_quantile(level) + _NORMAL.inv_cdf(POWER)) / gain) ** 2 * differing)
+
+
 def fewest_wins(level: float) -> int:
     """Return how many questions must differ at least, all of them won, for significance."""
     return math.ceil(-math.log2(level))

@@ -194,7 +194,7 @@ def eval_report_results(loop: LoopSettings, found: ReportFindings) -> dict[str, 
             check_name="gain",
             passed=verdict.promote,
             severity=blocking,
-            description=f"{verdict.decision}: {verdict.reason}",
+            description=f"{verdict.decision}: {verdict.markdown}",
             metadata={
                 "decision": verdict.decision,
                 "correct, challenger": verdict.challenger_correct,

@@ -6,6 +6,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_pipeline.artifacts import Artifact
+from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.comparison import Comparison
 from finetune_pipeline.evaluation.gate import HEADLINES, Verdict
 from finetune_pipeline.evaluation.metric_table import comparison_markdown, format_metric, metric_table
@@ -17,6 +18,7 @@ from finetune_pipeline.markdown_table import markdown_table
 from finetune_pipeline.orchestration.job_steps import job_step
 from finetune_pipeline.orchestration.resources import loop_asset, materialized, percent, picture
 from finetune_pipeline.pipeline.evaluate import NothingToEvaluate, comparison_settings, evaluate
+from finetune_pipeline.pipeline.sealed_benchmark import sealed_summary
 from finetune_pipeline.settings import LoopSettings
 
 
@@ -74,7 +76,10 @@ def _metadata(
         label, gain = "gain (points)", verdict.points
     regression = comparison.regression_test(loop.gate)
     table = metric_table(comparison)
-    fractions = [(row.name, *row.cells[1:3]) for row in table if row.unit == "%"]  # the page has no room for more
+    sides = list(comparison.models)
+    fractions = [  # Dagster's page has no room for more, and shows no table of more than 1,000 characters
+        (row.name, *(format_metric(getattr(row, side), row.unit) for side in sides)) for row in table if row.unit == "%"
+    ]
     metrics: dict[str, Any] = {}
     for row in table:
         for side, value in (("challenger", row.challenger), ("champion", row.champion)):
@@ -87,9 +92,9 @@ def _metadata(
         **dict(list(metrics.items())[:2]),  # the gate's metric of both models
         "p-value": float(f"{comparison.significance.p_value:.2g}"),
         "regressed slices": sum(one.status == "regressed" for one in comparison.slice_tests(loop.gate)),
-        "comparison": dg.MetadataValue.md(markdown_table(["metric", "champion", "challenger"], fractions, "lrr")),
+        "comparison": dg.MetadataValue.md(markdown_table(["metric", *sides], fractions, "l" + "r" * len(sides))),
         "report": dg.MetadataValue.md(_report(artifact, comparison, verdict)),
-        "reason": verdict.reason,
+        "reason": dg.MetadataValue.md(verdict.markdown),
         **metrics,
         **({} if regression is None else {"fixed corrections broken": regression.counts.broken}),
         **({} if verdict.tests_left is None else {"tests left in the error budget": verdict.tests_left}),
@@ -101,6 +106,7 @@ def _metadata(
         "correct, possible": verdict.total,
         "valid unconstrained answers, challenger": verdict.valid,
         "unconstrained answers, challenger": verdict.answers,
+        **({"sealed benchmark": sealed} if (sealed := sealed_summary(loop, connect())) else {}),
         "CPU contention": comparison.contention or "none",
     }
 

@@ -80,7 +80,7 @@ def promoted_model_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             "gain (points)": percent(verdict.points),
             "model card": dg.MetadataValue.md(card[card.index("\n# ") :]),
             "corrections fixed": result.artifact.manifest.fixed,
-            "reason": verdict.reason,
+            "reason": dg.MetadataValue.md(verdict.markdown),
         }
         if result.artifact.manifest.sealed:
             metadata["sealed benchmark"] = result.artifact.manifest.sealed

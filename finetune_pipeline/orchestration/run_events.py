@@ -118,22 +118,24 @@ class RunEvents:
                 return f"{step} {click.style('failed', fg='red')} after {seconds:.1f} s: {reason}"
             case Kind.ASSET_CHECK_EVALUATION:
                 check = event.asset_check_evaluation_data
+                lines = [line for line in (check.description or "").split("\n") if line]  # Markdown
                 if check.passed:
                     result = click.style("passed", fg="green")
                 elif check.check_name == APPROVED:
                     result = click.style("not passed yet", fg="yellow")
                 elif check.severity == dg.AssetCheckSeverity.ERROR:
                     result = click.style("failed", fg="red")
-                    # The numbers are in the first line of the check itself, which was just shown.
-                    numbers, *reasons = (check.description or "failed").split("\n")
+                    # All lines were just shown: the numbers, the first reason, others.
+                    numbers, *reasons = lines or ["failed"]
                     self._failed_checks.setdefault(entry.step_key or "", []).append(
-                        f"check {check.check_name}: {'; '.join(reasons) or numbers}"
+                        f"check {check.check_name}: {reasons[0].removeprefix('- ') if reasons else numbers}"
                     )
                 else:
                     result = click.style("failed (warning, does not block)", fg="yellow")
-                description = f": {check.description}" if check.description else ""
+                description = ": " + "\n".join(lines) if lines else ""
+                headline = f": {lines[0]}" if lines else ""
                 if not check.passed and check.severity == dg.AssetCheckSeverity.WARN and check.check_name != APPROVED:
-                    self.warnings.append(f"check {check.check_name} of {name} failed{description}")
+                    self.warnings.append(f"check {check.check_name} of {name} failed{headline}")
                 return f"{step} check {check.check_name} {result}{description}"
             case Kind.RUN_FAILURE if not self._step_failed:  # for example, the executor failed
                 return f"{step} {click.style('the run failed', fg='red')}: {run_failure_cause(event)}"

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.benchmark import BenchmarkError, load_benchmark
+from finetune_pipeline.evaluation.gate import benchmark_capacity
 from finetune_pipeline.evaluation.metrics import MetricError
 from finetune_pipeline.export.base import CONFIG_FILES, resolve_base_model
 from finetune_pipeline.export.base_check import check_vocabulary
@@ -85,6 +86,17 @@ def check_loop(loop: LoopSettings, *, download: bool = True) -> list[str]:
     if not no_model:
         problems += _at("base_model", _vocabulary(loop, lengths=not problems))
     return _with_lines(loop, list(dict.fromkeys(problems)))
+
+
+def benchmark_note(loop: LoopSettings) -> str:
+    """Return what the benchmark can decide, and how many questions it needs if that is nothing.
+
+    Raises:
+        BenchmarkError: it cannot be used.
+    """
+    questions = loop_files.benchmark(loop).questions
+    units = {question.cluster or index for index, question in enumerate(questions)}
+    return f"evaluation.benchmark: {benchmark_capacity(len(questions), len(units), loop.gate)}"
 
 
 def _at(setting: str, problems: Iterable[str]) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ The comparison is recorded and has a report, and changes nothing else: it judges
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
@@ -33,7 +33,9 @@ from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.challengers import find_trained
 from finetune_pipeline.pipeline.evaluate import ProgressLog, comparison_settings, settings_hash
 from finetune_pipeline.pipeline.judge_agreement import scorer_with_agreement
+from finetune_pipeline.pipeline.regression_suite import ask_suite
 from finetune_pipeline.pipeline.report_facts import Subject, collect_facts, subject_of
+from finetune_pipeline.pipeline.sealed_benchmark import sealed_summary
 from finetune_pipeline.registry.champion import BASE
 from finetune_pipeline.registry.comparisons import ManualComparison, record_manual_comparison
 from finetune_pipeline.registry.model_versions import check_files
@@ -104,18 +106,22 @@ def compare_two(
     base = NamedModel(
         Contender(f"{loop.name}@{BASE}", ModelSpec(gguf=base_gguf(loop, log))), Subject(f"{loop.name}@{BASE}")
     )
+    scorer, progress = scorer_with_agreement(loop, log, for_gate=False), ProgressLog(log)
     comparison = compare_models(
         pair[0].contender,
         pair[1].contender,
         loop_files.benchmark(loop),
-        scorer_with_agreement(loop, log, for_gate=False),
+        scorer,
         loop.evaluation,
         loop.system_prompt,
         loop.name,
-        ProgressLog(log),
+        progress,
         base=base.contender,
         constraint=loop_files.constraint(loop),
     )
+    before, after = (one.contender.spec for one in pair)
+    if isinstance(before, ModelSpec) and isinstance(after, ModelSpec):  # corrections of users are not sent elsewhere
+        comparison = replace(comparison, regression=ask_suite(loop, before, after, scorer, progress))
     subjects: dict[Role, Subject] = {
         "base": base.subject,
         "champion": pair[0].subject,
@@ -206,13 +212,15 @@ def _record(
         "benchmark": comparison.benchmark_sha256,
         "settings": settings_hash(loop),
     }
-    facts = collect_facts(loop.name, database, comparison, subjects, {"settings": inputs["settings"]})
+    scored_by = loop_files.scored_by(loop)
+    hashes = {"settings": inputs["settings"]}
+    facts = collect_facts(loop.name, database, comparison, subjects, hashes, scored_by, sealed_summary(loop, database))
     counts = {"wins": len(comparison.won), "losses": len(comparison.lost), "ties": comparison.ties}
     # Speed is measured again each time, so every comparison has its own report.
     version = version_of(inputs, {"made_at": datetime.now(UTC).isoformat()})
     with draft(loop.name, ManualReportManifest.stage, version) as folder:
         rules, threshold = loop_files.rules(loop), loop.curation.min_confidence
-        write_report(folder, loop.name, comparison, None, loop.gate, threshold, rules, facts)
+        write_report(folder, loop.name, comparison, None, loop.gate, threshold, rules, facts, scored_by=scored_by)
         fields = {
             "loop": loop.name,
             "version": version,

@@ -34,6 +34,7 @@ from finetune_pipeline.pipeline.judge_agreement import scorer_with_agreement
 from finetune_pipeline.pipeline.regression_suite import ask_suite
 from finetune_pipeline.pipeline.report_facts import Subject, collect_facts, subject_of
 from finetune_pipeline.pipeline.required_checks import RequiredChecksError, check_proven, dataset_of, near_benchmark
+from finetune_pipeline.pipeline.sealed_benchmark import sealed_summary
 from finetune_pipeline.registry.champion import BASE, CurrentDeployment, current_deployment
 from finetune_pipeline.registry.check_outcomes import record_outcomes_in
 from finetune_pipeline.registry.comparisons import ComparisonRecord, extend_watermark_in, record_comparison_in
@@ -215,7 +216,7 @@ def _write_report(
         "benchmark": comparison.benchmark_sha256,
         "settings": settings_hash(loop),
     }
-    base = Subject(served_as=f"{loop.name}@{BASE}")
+    base, scored_by = Subject(served_as=f"{loop.name}@{BASE}"), loop_files.scored_by(loop)
     facts = collect_facts(
         loop.name,
         connect(),
@@ -226,13 +227,26 @@ def _write_report(
             "challenger": Subject(adapter=gguf.manifest.adapter_version),
         },
         {GgufManifest.stage: gguf.manifest.version, **gguf.manifest.inputs, "settings": inputs["settings"]},
+        scored_by,
+        sealed_summary(loop, connect()),
     )
     # Speed is measured again each time, so every run has its own report.
     version = version_of(inputs, {"run": run_id})
     with draft(loop.name, ReportManifest.stage, version) as folder:
         rules = loop_files.rules(loop)
         confident = loop.curation.min_confidence
-        write_report(folder, loop.name, comparison, verdict, loop.gate, confident, rules, facts=facts, budget=budget)
+        write_report(
+            folder,
+            loop.name,
+            comparison,
+            verdict,
+            loop.gate,
+            confident,
+            rules,
+            facts=facts,
+            budget=budget,
+            scored_by=scored_by,
+        )
         fields = {
             "loop": loop.name,
             "version": version,

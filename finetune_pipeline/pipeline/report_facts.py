@@ -22,7 +22,6 @@ from finetune_pipeline.evaluation.report_facts import (
 )
 from finetune_pipeline.feedback.statistics import UseStatistics, use_statistics
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
-from finetune_pipeline.pipeline.sealed_benchmark import sealed_findings
 from finetune_pipeline.registry.champion import BASE
 from finetune_pipeline.registry.model_versions import CandidateModel, list_models
 from finetune_pipeline.training.job import RESULT, TrainingResult
@@ -65,8 +64,15 @@ def collect_facts(
     comparison: Comparison,
     subjects: Mapping[Role, Subject],
     hashes: Mapping[str, str],
+    scored_by: str,
+    sealed: str = "",
 ) -> ReportFacts:
-    """Return what is known of the compared models; what was deleted or never measured is left out or None."""
+    """Return what is known of the compared models; what was deleted or never measured is left out or None.
+
+    Args:
+        scored_by: hash of what decides a score, see `trend`.
+        sealed: what is known of the sealed benchmark.
+    """
     roles: tuple[Role, ...] = ("challenger", "champion")
     trained = [role for role in roles if subjects[role].adapter]
     names = {role: model.name for role, model in comparison.models.items()}
@@ -77,32 +83,39 @@ def collect_facts(
         training=_training(loop, comparison, subjects, curves) if trained else (),
         curves=[curve for curve in curves.values() if curve],
         data=[one for one in data if one],
-        trend=trend(loop, database, comparison),
-        sealed=next(reversed(sealed_findings(database, loop).values()), ""),
+        trend=trend(loop, database, comparison, scored_by),
+        sealed=sealed,
         hashes=hashes,
     )
 
 
-def trend(loop: str, database: Database, comparison: Comparison) -> Trend:
+def trend(loop: str, database: Database, comparison: Comparison, scored_by: str) -> Trend:
     """Return the score of each promoted version on the benchmark of a comparison, by its metric.
 
     The score is that in the report of the version's promotion, so no version answers again. Scores on another version
-    of the benchmark are not comparable and are left out. A judge scores a version against the champion of its time, so
-    by a judge there is no trend.
+    of the benchmark, by another metric or with other options of it are not comparable and are left out. A judge scores
+    a version against the champion of its time, so by a judge there is no trend.
+
+    Args:
+        loop: name of the loop.
+        database: with the versions.
+        comparison: of the report.
+        scored_by: hash of what decides a score in the comparison.
     """
     if comparison.metric.key in {one.key for one in comparison.judgements}:
         return Trend()
-    points, left_out = [], []
+    points, left_out, gap = [], [], False
     for model in reversed(list_models(database, loop)):
         try:
             found = score_of_report(model.report_path.with_name(JSON))
         except ReportError:
-            left_out.append(model.version)
-            continue
-        if (found.benchmark_sha256, found.metric) == (comparison.benchmark_sha256, comparison.metric.key):
-            points.append(TrendPoint(model.version, found.score, model.created_at))
+            found = None
+        if found and found.scored_by == scored_by:
+            points.append(TrendPoint(model.version, found.score, model.created_at, gap))
+            gap = False
         else:
             left_out.append(model.version)
+            gap = bool(points)
     return Trend(tuple(points), tuple(left_out))
 
 

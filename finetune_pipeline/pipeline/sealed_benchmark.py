@@ -80,6 +80,16 @@ def sealed_findings(db: Database, loop: str) -> dict[int, str]:
     return found
 
 
+def sealed_summary(loop: LoopSettings, db: Database) -> str:
+    """Return what the newest look at the sealed benchmark found, and when it is asked next; empty without one."""
+    found = list(sealed_findings(db, loop.name).values())[-1:]
+    if loop.evaluation.sealed_benchmark is not None:
+        since = promotions_since_look(db, loop.name)
+        first_or_again, left = ("again", loop.evaluation.sealed_every - since) if since is not None else ("first", 1)
+        found.append(f"promotions until it is asked {first_or_again}: {max(left, 1)}")
+    return "; ".join(found)
+
+
 def _finding(before: SealedLook, now: SealedLook) -> str:
     pairs = {
         "the sealed benchmark": (before.sealed_sha256, now.sealed_sha256),

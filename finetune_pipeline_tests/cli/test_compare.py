@@ -4,6 +4,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -14,17 +15,19 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.benchmark import load_benchmark
 from finetune_pipeline.evaluation.comparison import ComparisonError
 from finetune_pipeline.evaluation.performance import WAVES
+from finetune_pipeline.evaluation.regression import RegressionSuite, SuiteAnswer
 from finetune_pipeline.evaluation.run import EndpointRunManifest, compare_models
 from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.inference.errors import UpstreamFailed
+from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.manifests import AdapterManifest, GgufManifest
 from finetune_pipeline.pipeline import compare as compare_module
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.comparisons import judged_watermark, list_comparisons, list_manual_comparisons
 from finetune_pipeline.registry.model_versions import CandidateModel, RegistryError
-from finetune_pipeline.settings import SettingsError
-from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, FakeEngines, line, write_benchmark
+from finetune_pipeline.settings import LoopSettings, SettingsError
+from finetune_pipeline_tests.evaluation.fakes import SCHEMA, WALL, FakeEngines, line, question, write_benchmark
 from finetune_pipeline_tests.evaluation.test_judge import endpoint
 from finetune_pipeline_tests.evaluation.test_judge import settings as judge_settings
 from finetune_pipeline_tests.inference.test_remote import chunk, fake_upstream, sse
@@ -96,7 +99,8 @@ def test_two_versions_are_compared_and_recorded_and_nothing_else_changes(engines
     assert re.search(r"parameter accuracy +33\.3% +50\.0% +83\.3% +\+33\.3 points", output)
     slices = "slices: no slice lost significantly more than 5 points; too small to tell: doors, walls"
     assert slices in " ".join(output.split())
-    assert re.search(r"\nA +[0-9a-f]{16}\nB +[0-9a-f]{16}\n", output)
+    assert re.search(r"\nbenchmark  [0-9a-f]{64}\nbase +[0-9a-f]{64}\nA +[0-9a-f]{64}\nB +[0-9a-f]{64}\n", output)
+    assert "6 questions find gains from about" in output and "regression suite" not in output
     assert re.search(r"doors \(2\) +0\.0% +0\.0% +50\.0% +\+50\.0 points", output)
     assert "changed answers: 2 wrong to correct" in output and "training: not measured" not in output
     [kept] = list_manual_comparisons(connect(), LOOP)
@@ -108,6 +112,41 @@ def test_two_versions_are_compared_and_recorded_and_nothing_else_changes(engines
     asked = len(engines.asked)
     run("v1.1.0", "v1.0.0")
     assert len(engines.asked) - asked == 3 * (6 + 2 + 1 + WAVES * 8)  # only timed: the answers are reused by hash
+
+
+def test_questions_without_an_expected_answer_and_few_questions_are_shown(
+    engines: FakeEngines, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [{"id": f"o{n}", "slice": "walls", "prompt": f"Which wall, {n}?"} for n in range(3)]
+    few = load_benchmark(write_benchmark(own_home.parent / "few.jsonl", [*LINES[2:5], *free]), SCHEMA)
+    monkeypatch.setattr(loop_files, "benchmark", lambda loop: few)
+    output = run("v1.0.0", "v1.1.0", "--questions", "2", columns=200)
+    assert (
+        "3 questions can decide nothing: even 3 won and none lost would give p = 0.12; at least 5 are needed" in output
+    )
+    assert "questions without an expected answer, for people to compare: 3" in output
+    shown = output[output.index("\no0: Which wall, 0?") :]
+    assert re.match(r"\no0: .*\n  base +I do not know\n  A +I do not know\n  B +I do not know\n", shown)
+    assert "\no1: " in shown and "\no2: " not in shown and "and 1 more in the report" in shown
+
+
+def test_the_regression_suite_is_asked_but_never_over_the_network(
+    engines: FakeEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = RegressionSuite(1, (SuiteAnswer(question("yes"), "yes", True, "no", False),))
+    asked: list[list[str]] = []
+
+    def ask(loop: LoopSettings, *specs: ModelSpec, **_: Any) -> RegressionSuite:
+        asked.append([spec.gguf.name for spec in specs])
+        return suite
+
+    monkeypatch.setattr(compare_module, "ask_suite", lambda loop, a, b, scorer, progress: ask(loop, a, b))
+    output = " ".join(run("v1.0.0", "v1.1.0").split())
+    assert asked == [["model-0.gguf", "model-1.gguf"]]
+    assert "A as the champion and B as the challenger: 1 of 1 fixed correction broken, 10% tolerated" in output
+    with fake_upstream(sse(chunk(json.dumps(WALL)), chunk(finish="stop"))) as (_, settings):
+        assert "regression suite" not in run("champion", f"{settings.url}#big-model")
+    assert len(asked) == 1
 
 
 def test_the_base_model_is_one_column(engines: FakeEngines) -> None:
@@ -134,8 +173,8 @@ def test_a_judge_is_shown_with_its_agreement(engines: FakeEngines, monkeypatch: 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])
 def test_tables_fit_the_terminal(engines: FakeEngines, columns: int) -> None:
-    lines = run("v1.0.0", "v1.1.0", columns=columns).splitlines()
-    assert max(len(text) for text in lines if not text.startswith("report")) <= columns
+    lines = run("v1.0.0", "v1.1.0", columns=columns).partition("\nbenchmark  ")[0].splitlines()  # hashes are whole
+    assert max(map(len, lines)) <= columns
     assert any("+33.3" in text for text in lines)
 
 

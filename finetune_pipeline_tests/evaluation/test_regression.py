@@ -112,7 +112,7 @@ def test_broken_corrections_are_shown_and_block_only_if_required(comparison: Com
     required = GateSettings(min_score=0, regression="required")
     verdict = judge(comparison, required)
     assert verdict.decision == "reject"
-    assert verdict.reason.split("\n")[-1].startswith("it breaks too many fixed corrections: 3 of 3 fixed corrections")
+    assert verdict.reason.split("\n")[1].startswith("it breaks too many fixed corrections: 3 of 3 fixed corrections")
     assert judge(comparison, GateSettings(min_score=0, regression="required", regression_tolerance=0.9)).promote
 
     write_report(tmp_path, "aec", comparison, verdict, required, 0.85)

@@ -23,7 +23,7 @@ from finetune_pipeline.evaluation.confidence import separate_by_confidence, wils
 from finetune_pipeline.evaluation.gate import BudgetState
 from finetune_pipeline.evaluation.metric_table import MetricRow, comparison_markdown, format_metric, metric_table
 from finetune_pipeline.evaluation.performance import Performance
-from finetune_pipeline.evaluation.plots import plot_png
+from finetune_pipeline.evaluation.plots import plot_png, trend_plot
 from finetune_pipeline.evaluation.report import (
     ReportError,
     findings_of_report,
@@ -310,10 +310,41 @@ def test_facts_beside_the_answers_are_on_the_page(tmp_path: Path, comparison: Co
     expected = [
         "not measured", "240 examples to train on, 60 replayed, 30 for validation; 12 corrections",
         "left out: too long",
-        "another benchmark or by another metric: v0.9.0", "a" * 64, "No clear difference between chall and champ",
+        "another benchmark, by another metric or with other options of it: v0.9.0",
+        "a" * 64, "No clear difference between chall and champ",
     ]  # fmt: skip
     assert [text for text in expected if text not in page] == []
+    # The four answers all changed, and a comparison without a verdict says what so few questions can decide.
+    assert "Correct is the full score of a question.</p>" in page
+    assert "4 questions can decide nothing: even 4 won and none lost would give p = 0.062; at least 5" in page
     assert json.loads((tmp_path / "report.json").read_text())["verdict"] is None
+
+
+def test_unchanged_answers_are_counted(tmp_path: Path, benchmark: Benchmark) -> None:
+    champion = side("champ", [HALF, HALF, HALF, CORRECT], benchmark, None)
+    challenger = side("chall", [CORRECT, HALF, HALF, CORRECT], benchmark, None)
+    compared = compare(benchmark, SCORER, champion, challenger)
+    write_report(tmp_path, "aec", compared, None, GateSettings(), 0.85)
+    assert "The other 3 questions have the same answer from both models." in (tmp_path / "report.html").read_text()
+
+
+def test_a_change_that_is_shown_as_0_is_neither_better_nor_worse() -> None:
+    def better(champion: float, challenger: float) -> bool | None:
+        return MetricRow("size_mb", "model size", champion, challenger, False, "MB").better
+
+    assert (better(2.14, 2.11), better(2.14, 2.0), better(2.0, 2.14)) == (None, True, False)
+
+
+def test_the_trend_has_no_line_over_versions_that_were_left_out(comparison: Comparison) -> None:
+    from matplotlib.figure import Figure
+
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    points = [TrendPoint(f"v1.{n}.0", 0.5, moment, after_gap=n == 2) for n in range(4)]
+    axes = Figure().subplots()
+    trend_plot(Trend(tuple(points), ("v1.1.5",)), comparison)(axes)
+    lines = [list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "o"]
+    assert lines == [[0, 1], [2, 3]]
+    assert max(map(len, axes.get_title(loc="left").split("\n"))) <= 40
 
 
 def test_the_report_is_an_escaped_page_and_json(tmp_path: Path, comparison: Comparison) -> None:
@@ -329,7 +360,7 @@ def test_the_report_is_an_escaped_page_and_json(tmp_path: Path, comparison: Comp
     assert "Reject: the champion stays" in page
     assert page.count("data:image/svg+xml;base64,") == 2 * 2  # each plot for a light and for a dark page
     data = json.loads((folder / "report.json").read_text())
-    statement, evidence, *reasons = data["verdict"]["reason"].split("\n")
+    statement, *reasons, evidence = data["verdict"]["reason"].split("\n")
     assert statement == (
         "challenger 10 of 16 correct, champion 10: gain 0.0%, 5% needed; more than 4 of 16 correct needed by "
         "gate.min_score 0.25; 3 of 4 unconstrained answers valid, more than half required"

@@ -206,6 +206,20 @@ def test_the_base_model_answers_too_unless_it_is_one_of_the_two(tmp_path: Path, 
     asked = len(engines.asked)
     compared(champion)
     assert len(engines.asked) - asked == 3 * (12 + SATURATED)  # its answers are reused, and it is timed again
+    named: list[str] = []
+    found = compare_models(
+        base,
+        challenger,
+        benchmark,
+        scorer,
+        SETTINGS,
+        "",
+        "aec",
+        lambda name, *_: named.append(name),
+        engines,
+        base=base,
+    )
+    assert found.base is None and named.count("a") == 1  # its progress is logged once
     copy = Contender("copy", ModelSpec(gguf=(tmp_path / "a.gguf").rename(tmp_path / "copy.gguf")))
     (tmp_path / "a.gguf").write_bytes((tmp_path / "copy.gguf").read_bytes())
     assert compared(copy).base is None  # one column: it is the champion, by its hash

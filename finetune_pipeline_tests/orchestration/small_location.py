@@ -22,7 +22,7 @@ def first(context):
     context.log.warning("Data version mismatch for asset AssetKey(['notes', 'first'])")  # as Dagster words it
     yield dg.MaterializeResult()
     is_rejected = os.environ.get("SECOND") == "rejected"
-    reason = "1 of 3 correct\nit needs more than 2\nmost answers are invalid" if is_rejected else None
+    reason = "1 of 3 correct\n\n- it needs more than 2\n- most answers are invalid" if is_rejected else None
     yield dg.AssetCheckResult(check_name="fine", passed=not is_rejected, description=reason)
     warning = dg.AssetCheckSeverity.WARN
     yield dg.AssetCheckResult(check_name="doubtful", passed=False, severity=warning, description="1 of 3")

@@ -59,7 +59,15 @@ def test_verdict_significance_and_slices_show_their_numbers(make_loop):
     suite = regression_test(RegressionCounts(40, 40, 30, 12, 2), 0.1, 0.05)
     results = eval_report_results(loop, ReportFindings(verdict, found, tests, suite))
     shown = {name: result.description for name, result in results.items()}
-    assert shown["gain"] == f"inconclusive: {verdict.reason}"
+    # Dagster renders Markdown, which joins lines that are no list.
+    assert shown["gain"] == f"inconclusive: {verdict.markdown}"
+    statement, empty, *others = shown["gain"].split("\n")
+    assert empty == ""
+    assert [line.removeprefix("- ") for line in others] == verdict.reason.split("\n")[1:]
+    assert others[0].startswith("- inconclusive: ") and others[-1] == (
+        "- error budget: 4 further comparisons until it is renewed"
+    )
+    assert statement.startswith("inconclusive: challenger 36 of 60 correct, champion 30: gain 20.0%, 5% needed; ")
     assert shown["significance"] == verdict.evidence
     assert shown["significance"].startswith(
         "6 questions won, 0 lost, 54 equal: p = 0.016 by exact McNemar, at most 0.0042"

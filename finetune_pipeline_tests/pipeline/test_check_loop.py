@@ -11,7 +11,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import reward_function
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.pipeline.check_loop import check_loop
+from finetune_pipeline.pipeline.check_loop import benchmark_note, check_loop
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, load_loop
 from finetune_pipeline_tests.conftest import feedback, interaction
 from finetune_pipeline_tests.training.conftest import STARTER
@@ -114,6 +114,39 @@ def test_a_schema_that_constrained_decoding_cannot_enforce_is_named(make_loop, t
         return
     assert len(problems) == 1 and problems[0].startswith(f"{path} cannot be enforced while decoding: {said}")
     assert problems[0].endswith(". Change the schema, or set serving.constrain: none")
+
+
+def test_a_benchmark_of_three_questions_says_that_it_can_decide_nothing(make_loop, tmp_path):
+    path = tmp_path / "few.jsonl"
+    rows = [{"id": f"q{n}", "slice": "a", "prompt": f"Question {n}?", "expected": f"answer {n}"} for n in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    loop = with_changes(make_loop(), {"evaluation": {"benchmark": str(path)}})
+    assert check_loop(loop) == []  # the rule of 5 % can still decide
+    assert benchmark_note(loop) == (
+        "evaluation.benchmark: 3 questions can decide nothing: even 3 won and none lost would give p = 0.12; at least "
+        "5 are needed, and about 380 to find a gain of 5 points if 15% of the answers differ"
+    )
+    strict = with_changes(loop, {"gate": {"significance": "required"}})
+    assert "at least 8 are needed, and about 730 to find a gain of 5 points" in benchmark_note(strict)
+    path.write_text("".join(json.dumps({**row, "cluster": "one document"}) + "\n" for row in rows))
+    assert "1 cluster can decide nothing: even 1 won" in benchmark_note(loop)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert benchmark_note(loop).endswith("10 questions find gains from about 30.5 points if 15% of the answers differ")
+
+
+def test_all_problems_of_the_metrics_are_listed(make_loop, tmp_path, monkeypatch):
+    (tmp_path / "my_metrics.py").write_text("def tone(question, answer):\n    return answer.no_such\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    metrics = [
+        {"kind": "function", "name": "tone", "function": "my_metrics.tone"},
+        "parameters",
+        {"kind": "function", "name": "pitch", "function": "my_metrics.pitch"},
+    ]
+    problems = check_loop(with_changes(make_loop(), {"evaluation": {"metrics": metrics}}))
+    assert len(problems) == 3
+    assert "the metric tone (my_metrics.tone) raised AttributeError on question" in problems[0]
+    assert "the metric parameters counts the values of JSON answers" in problems[1]
+    assert "my_metrics.pitch of the metric pitch cannot be imported" in problems[2]
 
 
 def with_changes(loop, changes):

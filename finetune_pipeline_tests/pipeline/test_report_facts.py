@@ -11,8 +11,10 @@ from finetune_pipeline.artifacts import hash_file, stage_folder, write_text
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.evaluation.report_facts import Trend
 from finetune_pipeline.manifests import AdapterManifest
+from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.report_facts import Subject, collect_facts, trend
 from finetune_pipeline.registry.model_versions import CandidateModel
+from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, load_loop
 from finetune_pipeline_tests.registry.conftest import promote_over
 
 LOOP = "notes"
@@ -47,17 +49,41 @@ def promoted(db: Database, home: Path, number: int, report: dict[str, Any] | Non
 def test_scores_on_an_edited_benchmark_are_never_in_the_trend(own_home: Path) -> None:
     db = connect()
     score = {"challenger": {"totals": {"correct": 6, "total": 10}}}
-    same = {"benchmark_sha256": "b" * 64, "metric": "exact", **score}
-    for number, report in enumerate(
-        (same, {**same, "benchmark_sha256": "c" * 64}, {**same, "metric": "rouge1"}, None, {"old": "form"}, same)
-    ):
+    same = {"scored_by": "s1", **score}
+    for number, report in enumerate((score, same, {**same, "scored_by": "s2"}, None, {"old": "form"}, same, same)):
         promoted(db, own_home, number, report)
-    found = trend(LOOP, db, compared(champion=6, challenger=7))
-    assert [(point.version, point.score) for point in found.points] == [("v1.0.0", 0.6), ("v1.5.0", 0.6)]
-    assert found.left_out == ("v1.1.0", "v1.2.0", "v1.3.0", "v1.4.0")
+    found = trend(LOOP, db, compared(champion=6, challenger=7), "s1")
+    assert [(point.version, point.score, point.after_gap) for point in found.points] == [
+        ("v1.1.0", 0.6, False),
+        ("v1.5.0", 0.6, True),
+        ("v1.6.0", 0.6, False),
+    ]
+    assert found.left_out == ("v1.0.0", "v1.2.0", "v1.3.0", "v1.4.0")
     # A judge scores a version against the champion of its time.
-    assert trend(LOOP, db, compared("exact", champion=6, challenger=7)) == Trend()
-    assert trend(LOOP, db, compared("other", champion=6, challenger=7)) == found
+    assert trend(LOOP, db, compared("exact", champion=6, challenger=7), "s1") == Trend()
+    assert trend(LOOP, db, compared("other", champion=6, challenger=7), "s1") == found
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"metric": "exact"}, False),
+        ({"metric": {"kind": "parameters", "relative_tolerance": 0.1}}, False),  # the same name, other scores
+        ({"benchmark": "edited"}, False),
+        ({"metrics": ["exact"], "samples": 3, "parallel": 2}, True),
+    ],
+)
+def test_a_score_depends_on_the_metric_s_options_and_the_benchmark(
+    own_home: Path, change: dict[str, Any], same: bool
+) -> None:
+    loop = load_loop("aec_parser")
+    if "benchmark" in change:
+        path = own_home.parent / "edited.jsonl"
+        path.write_text((PROJECT_ROOT / loop.evaluation.benchmark).read_text() + "\n")
+        change = {"benchmark": str(path)}
+    given = loop.model_dump(exclude_unset=True)
+    other = LoopSettings.model_validate({**given, "evaluation": {**given["evaluation"], **change}})
+    assert (loop_files.scored_by(other) == loop_files.scored_by(loop)) == same
 
 
 @pytest.mark.parametrize(
@@ -101,7 +127,7 @@ def test_sample_efficiency_is_the_gain_over_where_training_started(
         "champion": Subject(served.get("champion"), "a1"),
         "challenger": Subject(adapter="a2"),
     }
-    facts = collect_facts(LOOP, connect(), compared(base=base, champion=6, challenger=8), subjects, {})
+    facts = collect_facts(LOOP, connect(), compared(base=base, champion=6, challenger=8), subjects, {}, "s1")
     rows = {row.key: row.challenger for row in facts.training}
     assert rows["efficiency"] == (expected if expected is None else pytest.approx(expected))
     assert (rows["convergence"], rows["steps"]) == (6, 9)

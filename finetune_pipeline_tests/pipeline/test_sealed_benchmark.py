@@ -14,7 +14,7 @@ from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.check_loop import check_loop
 from finetune_pipeline.pipeline.required_checks import near_benchmark
-from finetune_pipeline.pipeline.sealed_benchmark import sealed_findings
+from finetune_pipeline.pipeline.sealed_benchmark import sealed_findings, sealed_summary
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.sealed_looks import SealedScores
@@ -63,6 +63,21 @@ def test_a_missing_or_broken_file_is_a_problem_of_the_loop(sealed, tmp_path):
     assert any(f"{tmp_path / 'sealed.jsonl'}, line 1: " in problem for problem in check_loop(loop))
     (tmp_path / "sealed.jsonl").unlink()
     assert any(f"{tmp_path / 'sealed.jsonl'} does not exist" in problem for problem in check_loop(loop))
+
+
+def test_the_summary_says_when_it_is_asked_next(sealed, candidate):  # noqa: F811
+    db, loop = connect(), sealed(row("a", QUESTION), sealed_every=3)
+    left = []
+    for number, scores in enumerate([None, look((20, 20)), None, None, None]):
+        left.append(sealed_summary(loop, db))
+        one, now = candidate(f"model {number}", loop=loop.name), champion(db, loop.name)
+        promote(db, one, now.id if now else None, "loop", "gain", compared(db, one, f"c{number}"), sealed=scores)
+    assert left[:2] == ["promotions until it is asked first: 1"] * 2
+    first = "first look, so there is nothing to compare with yet; promotions until it is asked again"
+    assert left[2:] == [f"{first}: 3", f"{first}: 2", f"{first}: 1"]
+    assert sealed_summary(loop, db) == f"{first}: 1"  # a promotion by force asks nothing, so it is due
+    none = loop.model_copy(update={"evaluation": loop.evaluation.model_copy(update={"sealed_benchmark": None})})
+    assert sealed_summary(none, db) == "first look, so there is nothing to compare with yet"
 
 
 def test_a_judge_cannot_score_it(sealed):
