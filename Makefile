@@ -3,10 +3,11 @@
 # make demo    set up, run the complete loop on the sample logs, show the result
 # make test    set up, run the tests
 # make ui      Dagster's UI for this project
+# make console the loop in a browser, for people who never open a terminal
 # make serve   the gateway: an OpenAI-compatible API for the promoted models
 # make check   formatter, linter, types, definitions, tests: what CI runs, without the slow tests
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-servers ui serve check lint format bench doctor clean
+.PHONY: help setup demo test test-all test-servers test-ui ui console serve check lint format bench doctor clean
 
 export FINETUNE_HOME ?= $(CURDIR)/data/state
 export DAGSTER_HOME ?= $(FINETUNE_HOME)/dagster
@@ -28,17 +29,24 @@ demo: $(READY)
 	@$(BIN)/finetune demo
 
 test: $(READY)
-	@$(BIN)/pytest -n auto --dist loadfile -m "not slow and not servers"
+	@$(BIN)/pytest -n auto --dist loadfile -m "not slow and not servers and not ui"
 
 test-all: $(READY)
-	@$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not servers" --durations=25
+	@$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not servers and not ui" --durations=25
 
 test-servers: $(READY)  # FINETUNE_SKIP_VLLM=1 leaves out vLLM, whose environment takes 3.5 GB
 	@[ "$$FINETUNE_SKIP_VLLM" = 1 ] || scripts/make_vllm_env.sh
 	@$(BIN)/pytest -m servers
 
+test-ui: $(READY)  # needs Chromium; Debian: apt-get install chromium
+	@$(BIN)/pip install -q -c constraints.txt -e '.[console,test-ui]'
+	@$(BIN)/pytest -m ui
+
 ui: $(READY)
 	@$(BIN)/finetune ui
+
+console: $(READY)
+	@$(BIN)/finetune console
 
 serve: $(READY)
 	@$(BIN)/finetune serve

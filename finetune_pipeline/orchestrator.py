@@ -1,6 +1,7 @@
 """Client of Dagster's GraphQL API: launches, finds and terminates runs, without importing Dagster."""
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -54,6 +55,27 @@ mutation ($run: String!) {
 """
 
 
+_AUTOMATION = """
+query ($repository: RepositorySelector!) {
+  instance { daemonHealth { allDaemonStatuses { daemonType lastHeartbeatTime } } }
+  sensorsOrError(repositorySelector: $repository) {
+    __typename
+    ... on Sensors { results { name sensorState { status } } }
+    ... on Error { message }
+  }
+  schedulesOrError(repositorySelector: $repository) {
+    __typename
+    ... on Schedules { results { name scheduleState { status } } }
+    ... on Error { message }
+  }
+}
+"""
+
+HEARTBEAT_SECONDS = 120
+"""A daemon that has not reported for so long has ended; it reports every 30 seconds. Dagster calls it healthy for half
+an hour."""
+
+
 class OrchestratorError(RuntimeError):
     """Dagster rejects a request; the message has its answer."""
 
@@ -87,6 +109,19 @@ class DagsterRun:
     def finished(self) -> bool:
         """Whether the run has ended."""
         return self.status in FINISHED
+
+
+@dataclass(frozen=True)
+class Automation:
+    """What starts runs by itself.
+
+    Attributes:
+        daemon: Dagster's daemon, which evaluates sensors and schedules, is running.
+        switched_on: name of each sensor and schedule -> whether it is on.
+    """
+
+    daemon: bool
+    switched_on: Mapping[str, bool]
 
 
 class RunReader(Protocol):
@@ -177,6 +212,27 @@ class Orchestrator:
         run = self.run(id)
         if run is not None and not run.finished and run.status != "CANCELING":
             raise OrchestratorError(f"Dagster did not terminate the run {id}: {answer.get('message', '')}")
+
+    def automation(self) -> Automation:
+        """Return whether Dagster's daemon runs, and which sensors and schedules are on.
+
+        Raises:
+            OrchestratorDown: Dagster does not answer.
+            OrchestratorError: the code location is not loaded.
+        """
+        selector = {"repositoryLocationName": CODE_LOCATION, "repositoryName": REPOSITORY}
+        answer = self._ask(_AUTOMATION, repository=selector)
+        switched_on: dict[str, bool] = {}
+        for field, state in (("sensorsOrError", "sensorState"), ("schedulesOrError", "scheduleState")):
+            if "results" not in answer[field]:
+                raise OrchestratorError(f"Dagster did not list {field}: {answer[field].get('message', '')}")
+            switched_on |= {one["name"]: one[state]["status"] == "RUNNING" for one in answer[field]["results"]}
+        beats = {
+            one["daemonType"]: one["lastHeartbeatTime"] or 0.0
+            for one in answer["instance"]["daemonHealth"]["allDaemonStatuses"]
+        }
+        alive = all(time.time() - beats.get(kind, 0.0) < HEARTBEAT_SECONDS for kind in ("SENSOR", "SCHEDULER"))
+        return Automation(alive, switched_on)
 
     def _runs(self, filter: dict[str, Any]) -> list[DagsterRun]:
         answer = self._ask(_RUNS, filter=filter)["runsOrError"]

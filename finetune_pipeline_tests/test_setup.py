@@ -105,7 +105,9 @@ def test_pip_installs_the_packages_where_uv_cannot(clone, uv):
     lines = (clone / "log").read_text().splitlines()
     (torch,) = [number for number, line in enumerate(lines) if line.endswith("torch")]
     with_uv = [number for number, line in enumerate(lines) if line.startswith("uv ")]
-    with_pip = [line for line in lines if line.startswith("-m pip install") and line.endswith("-e .[dev,postgres]")]
+    with_pip = [
+        line for line in lines if line.startswith("-m pip install") and line.endswith("-e .[console,dev,postgres]")
+    ]
     assert all("--compile-bytecode" in lines[number] for number in with_uv)  # pip compiles without being asked
     assert torch < min(with_uv) and len(with_uv) == 2  # uv would take another build of torch than pip's configuration
     assert bool(with_pip) != uv

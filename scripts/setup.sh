@@ -63,7 +63,7 @@ say "the project and its other dependencies"
 pip install -q -c constraints.txt uv || true
 if [ -n "$compiling" ]; then
   printf 'llama-cpp-python; python_version < "3"\n' > "$source/not_yet"
-  with_uv --override "$source/not_yet" -e '.[dev,postgres]' || true  # the last step reports what is wrong
+  with_uv --override "$source/not_yet" -e '.[console,dev,postgres]' || true  # the last step reports what is wrong
   wait $compiling || fail "llama.cpp could not be compiled; the compiler's messages are above"
   pip install -q --no-deps --force-reinstall "$source"/wheel/*.whl
   # The source package contains llama.cpp's converter of exactly this version; the wheel does not.
@@ -72,6 +72,6 @@ if [ -n "$compiling" ]; then
   (cd "$source"/llama_cpp_python-*/vendor/llama.cpp && cp -R conversion gguf-py LICENSE convert_hf_to_gguf.py convert_lora_to_gguf.py "$OLDPWD/$VENV/share/llama.cpp/")
   printf '%s\n' "$llama" > $VENV/share/llama.cpp/VERSION
 fi
-with_uv -e '.[dev,postgres]' || { say "uv failed; pip installs the packages"; pip install -q -c constraints.txt -e '.[dev,postgres]'; }
+with_uv -e '.[console,dev,postgres]' || { say "uv failed; pip installs the packages"; pip install -q -c constraints.txt -e '.[console,dev,postgres]'; }
 printf '%s\n' "$build" > $VENV/share/llama.cpp/BUILD
 say "ready after $((SECONDS - started)) s"

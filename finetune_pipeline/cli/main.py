@@ -11,10 +11,10 @@ from finetune_pipeline.artifacts import disk_full
 from finetune_pipeline.cli.alerts import alerts
 from finetune_pipeline.cli.ask import ask
 from finetune_pipeline.cli.compare import compare
+from finetune_pipeline.cli.console import console
 from finetune_pipeline.cli.dataset import dataset
 from finetune_pipeline.cli.deploy import deploy
 from finetune_pipeline.cli.doctor import doctor
-from finetune_pipeline.cli.errors import EXPECTED
 from finetune_pipeline.cli.feedback import feedback
 from finetune_pipeline.cli.ingest import ingest
 from finetune_pipeline.cli.init import init
@@ -26,6 +26,7 @@ from finetune_pipeline.cli.serve import key, serve
 from finetune_pipeline.cli.source import source
 from finetune_pipeline.cli.status import status
 from finetune_pipeline.cli.train import train
+from finetune_pipeline.pipeline.expected_errors import EXPECTED
 from finetune_pipeline.settings import home
 from finetune_pipeline.wording import sentence
 
@@ -57,6 +58,7 @@ for command in (
     alerts,
     train,
     serve,
+    console,
     key,
     doctor,
 ):

@@ -1,8 +1,6 @@
 """`finetune review`: decide what trains, one example at a time, by single keys."""
 
-import json
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,11 +14,6 @@ if TYPE_CHECKING:
 
 KEYS = {"a": "approve", "r": "reject", "e": "edit", "s": "skip", "u": "undo", "q": "quit"}
 _DONE = {"approve": "approved", "edit": "edited", "reject": "rejected", "skip": "skipped", "undo": "undone"}
-_JSON_STYLES: tuple[dict[str, Any], ...] = (
-    {"separators": (",", ":")}, {},
-    {"separators": (",", ":"), "ensure_ascii": False}, {"ensure_ascii": False}, {"indent": 2, "ensure_ascii": False},
-)  # fmt: skip
-"""The ways in which models write JSON; an edited answer is written as the model wrote its own."""
 
 
 @click.command()
@@ -107,10 +100,9 @@ def _key() -> str:
 
 def _edited(answer: str, session: "ReviewSession", loop: LoopSettings) -> str | None:
     """Return the answer as the reviewer wrote it in the editor, if it is valid; None if the reviewer gives up."""
-    from finetune_pipeline.schemas import InvalidJsonError, parse_json
+    from finetune_pipeline.pipeline.review_queue import editable, in_style_of
 
-    style = _json_style(answer) if loop.output_schema else None
-    text = answer if style is None else json.dumps(json.loads(answer), indent=2, ensure_ascii=False)
+    text = editable(answer) if loop.output_schema else answer
     while True:
         try:
             saved = click.edit(text, extension=".json" if loop.output_schema else ".md")
@@ -121,9 +113,8 @@ def _edited(answer: str, session: "ReviewSession", loop: LoopSettings) -> str | 
             _warn("nothing was saved")
             return None
         target = saved.removesuffix("\n")
-        if style is not None:
-            with suppress(InvalidJsonError):  # the check below reports the error in the text as the reviewer wrote it
-                target = json.dumps(parse_json(saved), **style)
+        if loop.output_schema:
+            target = in_style_of(answer, target)
         problem = session.rejection_reason(target)
         if problem is None:
             return target
@@ -132,15 +123,6 @@ def _edited(answer: str, session: "ReviewSession", loop: LoopSettings) -> str | 
         if _key() != "e":
             return None
         text = saved
-
-
-def _json_style(answer: str) -> dict[str, Any] | None:
-    """Return the arguments of `json.dumps` that reproduce a JSON answer; None if there are none."""
-    try:
-        value = json.loads(answer)
-    except (ValueError, RecursionError):
-        return None
-    return next((style for style in _JSON_STYLES if json.dumps(value, **style) == answer), None)
 
 
 def _queued_json(queued: "QueuedReview") -> dict[str, Any]:

@@ -56,7 +56,8 @@ def serve(host: str, port: int, names: tuple[str, ...], origins: tuple[str, ...]
     """
     from finetune_pipeline.database import connect
     from finetune_pipeline.feedback.write_ahead_log import write_ahead_log_folder
-    from finetune_pipeline.serving.access import ANY_ORIGIN, is_loopback
+    from finetune_pipeline.hosts import is_loopback
+    from finetune_pipeline.serving.access import ANY_ORIGIN
     from finetune_pipeline.serving.app import run
     from finetune_pipeline.serving.gateway import Gateway
 
@@ -128,10 +129,10 @@ def key() -> None:
     "--scope",
     "scopes",
     multiple=True,
-    type=click.Choice(["infer", "feedback", "admin"]),
+    type=click.Choice(["infer", "feedback", "view", "admin"]),
     default=("infer", "feedback"),
     show_default=True,
-    help="Scope of the key, repeatable.",
+    help="Scope of the key, repeatable; view is for the console alone.",
 )
 def create(name: str, scopes: tuple[str, ...]) -> None:
     """Create a key called NAME and print its secret.

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from finetune_pipeline.cli.deploy import problem_of
-from finetune_pipeline.cli.errors import EXPECTED
 from finetune_pipeline.cli.options import json_option, print_json
 from finetune_pipeline.curation.retrain_trigger import describe
+from finetune_pipeline.pipeline.expected_errors import EXPECTED
 from finetune_pipeline.settings import LoopSettings, database_url, home, load_loop, load_loops, loops_dir, with_loop
 from finetune_pipeline.wording import counted
 

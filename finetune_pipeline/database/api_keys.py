@@ -13,7 +13,7 @@ from finetune_pipeline.database.connection import Database
 from finetune_pipeline.database.tables import api_keys
 from finetune_pipeline.records import Record, UtcDatetime
 
-Scope = Literal["infer", "feedback", "admin"]
+Scope = Literal["infer", "feedback", "view", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 _PREFIX = "ft-"
 

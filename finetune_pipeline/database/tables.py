@@ -555,7 +555,22 @@ api_keys = sa.Table(
     sa.Column("id", sa.String(36), primary_key=True),
     sa.Column("name", sa.String(100), nullable=False),
     sa.Column("secret_sha256", sa.String(64), nullable=False, unique=True),
-    sa.Column("scopes", sa.String(100), nullable=False, comment="infer, feedback, admin; separated by commas."),
+    sa.Column("scopes", sa.String(100), nullable=False, comment="infer, feedback, view, admin; separated by commas."),
     sa.Column("created_at", Timestamp, nullable=False),
     sa.Column("revoked_at", Timestamp),
+)
+
+audit_log = sa.Table(
+    "audit_log",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("loop", sa.String(60), nullable=False),
+    sa.Column("actor", sa.String(200), nullable=False, comment="The API key's name, or the OS user."),
+    sa.Column("action", sa.String(60), nullable=False, comment="Such as review approve or model switch."),
+    sa.Column("subject", sa.String(200), nullable=False, comment="What it is about: an id or a name."),
+    sa.Column("detail", sa.Text, nullable=False, comment="Further facts or the reason; no text of interactions."),
+    sa.Column("outcome", sa.Text, comment="Empty if it succeeded, else the error; null while it runs or was killed."),
+    sa.Index(None, "loop", "id"),
+    comment="What people did in the console.",
 )

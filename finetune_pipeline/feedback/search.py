@@ -34,6 +34,7 @@ class InteractionFilter:
         user: who wrote the prompt or gave feedback on the answer.
         label: kind of a feedback on the answer, or UNRATED.
         since, until: when the feedback was given, or the answer logged; from `since` to before `until`.
+        reward, confidence: least and most of the example's reward, and of the answer's confidence.
     """
 
     text: str | None = None
@@ -41,11 +42,20 @@ class InteractionFilter:
     label: str | None = None
     since: datetime | None = None
     until: datetime | None = None
+    reward: tuple[float, float] | None = None
+    confidence: tuple[float, float] | None = None
 
 
-def search(connection: sa.Connection, loop: str, wanted: InteractionFilter, limit: int) -> list[StoredInteraction]:
-    """Return the newest interactions that match, the newest first. User, label and time refer to the same feedback."""
-    i, f = t.interactions.c, t.feedback.c
+def search(
+    connection: sa.Connection, loop: str, wanted: InteractionFilter, limit: int, skip: int = 0
+) -> list[StoredInteraction]:
+    """Return interactions that match, newest first. User, label and time refer to the same feedback.
+
+    Args:
+        limit: at most so many.
+        skip: leave out the newest ones, which an earlier page has.
+    """
+    i, f, e = t.interactions.c, t.feedback.c, t.examples.c
     about = sa.exists().where(f.interaction_id == i.id, f.loop == loop)
     given, logged = [], []
     if wanted.user is not None:
@@ -68,7 +78,12 @@ def search(connection: sa.Connection, loop: str, wanted: InteractionFilter, limi
         texts = (i.prompt, i.output)
         corrected = about.where(f.correction.icontains(wanted.text, autoescape=True))
         query = query.where(sa.or_(*(text.icontains(wanted.text, autoescape=True) for text in texts), corrected))
-    ids = connection.execute(query.order_by(i.created_at.desc(), i.ingest_offset.desc()).limit(limit)).scalars().all()
+    if wanted.reward is not None:
+        query = query.where(sa.exists().where(e.interaction_id == i.id, e.reward.between(*wanted.reward)))
+    if wanted.confidence is not None:
+        query = query.where(i.confidence.between(*wanted.confidence))
+    newest_first = query.order_by(i.created_at.desc(), i.ingest_offset.desc())
+    ids = connection.execute(newest_first.limit(limit).offset(skip)).scalars().all()
     found = (find_interaction(connection, UUID(id)) for id in ids)
     return [one for one in found if one is not None]
 

@@ -136,6 +136,28 @@ def use_statistics(connection: sa.Connection, loop: str, model: str) -> UseStati
     )
 
 
+def win_rates(connection: sa.Connection, loop: str) -> dict[str, float]:
+    """Return the win rate of each model whose answers somebody judged, by its name, as in `UseStatistics`."""
+    i, e = t.interactions.c, t.examples.c
+    won = sa.func.count().filter(~e.corrected, e.reward > 0)
+    lost = sa.func.count().filter(sa.or_(e.corrected, e.reward < 0))
+    query = (
+        sa.select(i.model, won, lost)
+        .select_from(sa.join(t.examples, t.interactions, e.interaction_id == i.id))
+        .where(e.loop == loop, i.model.is_not(None), ~e.implicit, e.content_hash != "")
+        .group_by(i.model)
+    )
+    counted = [tuple(row) for row in connection.execute(query)]
+    return {model: wins / (wins + losses) for model, wins, losses in counted if wins + losses}
+
+
+def gold_answers(connection: sa.Connection, loop: str) -> int:
+    """Return how many answers somebody gave a gold star."""
+    f = t.feedback.c
+    query = sa.select(sa.func.count(f.interaction_id.distinct())).where(f.loop == loop, f.rating == "gold")
+    return int(connection.execute(query).scalar_one())
+
+
 def reward_statistics(connection: sa.Connection, loop: str) -> RewardStatistics:
     """Return the mean and the distribution of the rewards of a loop's examples."""
     reward = t.examples.c.reward

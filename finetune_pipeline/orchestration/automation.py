@@ -13,6 +13,7 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.manifests import AdapterManifest, RawLogsManifest
 from finetune_pipeline.orchestration.resources import STAGES, FinetuneHome
 from finetune_pipeline.orchestration.storage import storage_errors
+from finetune_pipeline.orchestrator import HEARTBEAT_SECONDS
 from finetune_pipeline.pipeline.implicit_acceptance import accept_unrated
 from finetune_pipeline.pipeline.jobs import JOB_TAG, LOOP_TAG, job_id_of
 from finetune_pipeline.pipeline.pending import find_new
@@ -29,9 +30,6 @@ FILES_TAG = "finetune/files"
 
 CODE_LOCATION = "finetune_pipeline"
 """The name in workspace.yaml."""
-
-HEARTBEAT_SECONDS = 120
-"""A daemon that has not reported for so long has ended; it reports every 30 seconds."""
 
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,

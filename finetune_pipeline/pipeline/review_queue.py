@@ -3,9 +3,11 @@
 Each decision is one transaction, so a session may end at any moment, and several reviewers may work at once.
 """
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 from uuid import UUID
 
 from finetune_pipeline.curation.acceptance import INVALID, Policy, accept, quick_filters
@@ -33,7 +35,14 @@ from finetune_pipeline.records import (
     same_answer,
 )
 from finetune_pipeline.registry.comparisons import list_comparisons
+from finetune_pipeline.schemas import InvalidJsonError, parse_json
 from finetune_pipeline.settings import LoopSettings
+
+_JSON_STYLES: tuple[dict[str, Any], ...] = (
+    {"separators": (",", ":")}, {},
+    {"separators": (",", ":"), "ensure_ascii": False}, {"ensure_ascii": False}, {"indent": 2, "ensure_ascii": False},
+)  # fmt: skip
+"""The ways in which models write JSON; an edited answer is written as the model wrote its own."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,31 @@ def rejection_reason(interaction: Interaction, target: str, policy: Policy) -> s
     if decision.accepted:
         return None
     return (policy.problem(redacted.target) if decision.reason == INVALID else None) or decision.reason
+
+
+def editable(answer: str) -> str:
+    """Return a JSON answer as people edit it, indented, if `in_style_of` can undo that; any other answer as it is."""
+    return answer if _json_style(answer) is None else json.dumps(json.loads(answer), indent=2, ensure_ascii=False)
+
+
+def in_style_of(answer: str, edited: str) -> str:
+    """Return an edited JSON answer with the white space of the model's answer; as it is if it is not valid JSON."""
+    style = _json_style(answer)
+    if style is None:
+        return edited
+    try:
+        return json.dumps(parse_json(edited), **style)
+    except InvalidJsonError:  # the check of the answer reports the error in the text as the reviewer wrote it
+        return edited
+
+
+def _json_style(answer: str) -> dict[str, Any] | None:
+    """Return the arguments of `json.dumps` that reproduce a JSON answer; None if there are none."""
+    try:
+        value = json.loads(answer)
+    except (ValueError, RecursionError):
+        return None
+    return next((style for style in _JSON_STYLES if json.dumps(value, **style) == answer), None)
 
 
 def weak_slices(loop: LoopSettings, database: Database) -> WeakSlices:

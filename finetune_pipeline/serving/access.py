@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.api_keys import SCOPES, Scope, hash_of_secret, list_keys
+from finetune_pipeline.hosts import is_loopback, without_port
 from finetune_pipeline.serving.errors import Forbidden, Unauthorized
 
 
@@ -96,21 +96,6 @@ class Access:
                 f"The key {caller.name!r} has the scopes {scopes}, but this needs {scope}. Create another key."
             )
         return caller
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether an address can be reached only from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def without_port(host: str) -> str:
-    """Return the host of `host:port` or `host`; an IPv6 address is in brackets."""
-    return host if host.endswith("]") else host.rsplit(":", 1)[0]
 
 
 def parse_origin(text: str) -> str:

@@ -16,9 +16,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune_pipeline.database.api_keys import Scope as KeyScope
+from finetune_pipeline.hosts import is_loopback, without_port
 from finetune_pipeline.inference.remote import VIA_HEADER
 from finetune_pipeline.pipeline.uploaded_files import MAX_FILE_BYTES
-from finetune_pipeline.serving.access import Access, Caller, is_loopback, without_port
+from finetune_pipeline.serving.access import Access, Caller
 from finetune_pipeline.serving.connections import MAX_HEAD, head_too_large
 from finetune_pipeline.serving.errors import (
     BadRequest,

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 
 from finetune_pipeline.artifacts import ArtifactError, hash_file
 from finetune_pipeline.cli import doctor as doctor_module
-from finetune_pipeline.cli.ask import find_model
 from finetune_pipeline.cli.main import finetune, unwritable_home
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.store import counters, find_interaction
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.manifests import ReportManifest
+from finetune_pipeline.pipeline.ask import find_model
 from finetune_pipeline.pipeline.source_sync import sync_sources
 from finetune_pipeline.registry.model_versions import CandidateModel
 from finetune_pipeline.registry.trainings import record_training
@@ -335,8 +335,11 @@ def test_ask_takes_a_pairs_base_and_adapter(two_versions, own_home):
         base_hash="b", mode="full", lineage={}, scores={}, report_path=base,
     )  # fmt: skip
     promote_over(connect(), pair, "gain 3", "test")
-    assert find_model(load_loop(LOOP), "champion") == (f"{LOOP}@v1.2.0", ModelSpec(gguf=base, adapter=adapter))
-    assert find_model(load_loop(LOOP), "previous") == (f"{LOOP}@v1.1.0", ModelSpec(gguf=own_home / "model-2.gguf"))
+    assert find_model(load_loop(LOOP), "champion", print) == (f"{LOOP}@v1.2.0", ModelSpec(gguf=base, adapter=adapter))
+    assert find_model(load_loop(LOOP), "previous", print) == (
+        f"{LOOP}@v1.1.0",
+        ModelSpec(gguf=own_home / "model-2.gguf"),
+    )
 
 
 def test_ask_answers_with_the_base_model_while_there_is_no_champion():
@@ -355,7 +358,7 @@ def test_ask_answers_with_the_base_model_while_there_is_no_champion():
 
 def compared(monkeypatch, *arguments):
     """Return the lines of a comparison, without running a model."""
-    monkeypatch.setattr("finetune_pipeline.cli.ask.generate_answers", lambda *_: ["an answer"])
+    monkeypatch.setattr("finetune_pipeline.pipeline.ask.generate_answers", lambda *_: ["an answer"])
     monkeypatch.setattr("finetune_pipeline.export.base_gguf.base_gguf", lambda *_: home() / "base.gguf")
     return run("ask", "a wall", "--compare", *arguments).splitlines()[2:]
 

@@ -6,10 +6,10 @@ import dagster as dg
 import pytest
 
 from finetune_pipeline.artifacts import ArtifactError, get_latest, get_or_create, model_sha256, set_latest
-from finetune_pipeline.cli.ask import find_model, generate_answers
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
+from finetune_pipeline.pipeline.ask import find_model, generate_answers
 from finetune_pipeline.pipeline.export import CHECK_NAMES, CHECKS, model_spec
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline_tests.adapters import write_adapter
@@ -58,7 +58,7 @@ def judge(loop, instance, folder):
     run(loop, instance, "eval_report", "promoted_model")
     serving, report = champion(connect(), "notes"), get_latest(ReportManifest, "notes").manifest
     assert serving.sha256 == report.challenger_sha256
-    assert generate_answers(loop, find_model(loop, "champion")[1], BENCHMARK[0]["prompt"]) == expected[:1]
+    assert generate_answers(loop, find_model(loop, "champion", print)[1], BENCHMARK[0]["prompt"]) == expected[:1]
     return serving, report
 
 

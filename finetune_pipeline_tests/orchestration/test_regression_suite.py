@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from finetune_pipeline.artifacts import get_latest
-from finetune_pipeline.cli.ask import generate_answers
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.benchmark import BenchmarkQuestion
 from finetune_pipeline.evaluation.report import HTML, JSON
 from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
+from finetune_pipeline.pipeline.ask import generate_answers
 from finetune_pipeline.pipeline.erasure import erase_person, find_person
 from finetune_pipeline.pipeline.export import model_spec
 from finetune_pipeline.pipeline.summary import run_summary

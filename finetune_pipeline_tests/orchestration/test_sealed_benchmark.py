@@ -5,10 +5,10 @@ import json
 import pytest
 
 from finetune_pipeline.artifacts import get_latest, stage_folder
-from finetune_pipeline.cli.ask import generate_answers
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.report import HTML
 from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
+from finetune_pipeline.pipeline.ask import generate_answers
 from finetune_pipeline.pipeline.export import model_spec
 from finetune_pipeline.pipeline.summary import run_summary
 from finetune_pipeline.registry.sealed_looks import list_looks

@@ -12,7 +12,8 @@ import sqlalchemy as sa
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.database.api_keys import ApiKeyError, create_key, list_keys, revoke_key
-from finetune_pipeline.serving.access import Access, is_loopback
+from finetune_pipeline.hosts import is_loopback
+from finetune_pipeline.serving.access import Access
 from finetune_pipeline.serving.gateway import REFRESH_SECONDS
 from finetune_pipeline_tests.serving.conftest import PROMPT, free_port, make_loop, serving
 from finetune_pipeline_tests.waiting import wait_until

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from finetune_pipeline.cli.ask import generate_answers
 from finetune_pipeline.evaluation.run import answer_benchmark
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.pipeline.ask import generate_answers
 from finetune_pipeline.pipeline.evaluate import settings_hash
 from finetune_pipeline.schemas import SchemaError, answer_validator
 from finetune_pipeline.serving.gateway import Gateway

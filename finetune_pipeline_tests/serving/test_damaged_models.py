@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from finetune_pipeline.artifacts import hash_file
-from finetune_pipeline.cli.ask import find_model
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base_gguf import base_gguf
+from finetune_pipeline.pipeline.ask import find_model
 from finetune_pipeline.registry import champion
 from finetune_pipeline.registry.model_versions import RegistryError
 from finetune_pipeline_tests.inference.test_remote import chunk, fake_upstream, sse
@@ -52,7 +52,7 @@ def test_a_damaged_champion_is_refused_and_the_base_model_answers(ggufs, kind):
         named = running.ask(model=bad.name)
         assert (named.status_code, bad.gguf_path.name in named.text) == (503, True)
         with pytest.raises(RegistryError, match="is damaged or was replaced"):
-            find_model(make_loop(loop), "champion")  # `finetune ask`
+            find_model(make_loop(loop), "champion", print)  # `finetune ask`
         rolled_back = running.http.post("/admin/rollback", json={"loop": loop}).json()
         assert rolled_back == {"loop": loop, "serving": good.name, "last_error": None}
         with pytest.raises(RegistryError, match="is damaged or was replaced"):

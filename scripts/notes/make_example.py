@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID, uuid5
 
-from finetune_pipeline.cli.ask import find_model, generate_answers
+from finetune_pipeline.pipeline.ask import find_model, generate_answers
 from finetune_pipeline.settings import PROJECT_ROOT, read_loop
 
 FOLDER = PROJECT_ROOT / "examples" / "meeting_notes"
@@ -52,7 +52,7 @@ def main() -> None:
 
 def _events(pairs: list[tuple[str, str]]) -> list[dict[str, object]]:
     loop = read_loop(FOLDER / "defs.yaml")
-    _, base = find_model(loop, "base")
+    _, base = find_model(loop, "base", print)
     outputs = generate_answers(loop, base, *(note for note, _ in pairs))
     events: list[dict[str, object]] = []
     for number, ((note, summary), output) in enumerate(zip(pairs, outputs, strict=True)):

@@ -1,0 +1,111 @@
+"""Pieces of pages: headings, cards of figures, tables, empty states, texts of models."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+STYLE = """<style>
+[data-testid="stMainBlockContainer"] { padding-top: 3rem; padding-bottom: 3rem; max-width: 76rem }
+[data-testid="stHeader"] { background: transparent }
+.st-key-cards > [data-testid="stVerticalBlock"], .st-key-cards {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .6rem }
+.st-key-cards > div { min-width: 0 }
+</style>"""
+"""What the theme cannot say: less empty space, and cards that fill the width of a phone or a desk."""
+
+ACCENT = "#3f82b3"
+"""The color of charts, readable on both backgrounds."""
+
+
+def heading(title: str, explanation: str) -> None:
+    """Show the title of a page and what it is for."""
+    st.title(title)
+    st.caption(explanation)
+
+
+def empty(message: str, what_to_do: str) -> None:
+    """Show that there is nothing to show, and what to do about it."""
+    with st.container(border=True):
+        st.markdown(f"**{message}**")
+        st.markdown(what_to_do)
+
+
+def cards(figures: Sequence[tuple[str, str, str]]) -> None:
+    """Show figures in cards: label, value, and an explanation."""
+    with st.container(key="cards"):
+        for label, value, explanation in figures:
+            st.metric(label, value, help=explanation or None, border=True)
+
+
+def line(data: pd.DataFrame, x: str, y: str, *, percent: bool = False) -> None:
+    """Show a line with its points."""
+    axis = alt.Axis(format=".1%" if percent else ",", tickCount=5)
+    chart = (
+        alt.Chart(data)
+        .mark_line(point=alt.OverlayMarkDef(size=60), color=ACCENT)
+        .encode(
+            x=alt.X(x, sort=None, axis=alt.Axis(labelAngle=0, labelOverlap=True, title=None)),
+            y=alt.Y(y, axis=axis, title=None, scale=alt.Scale(zero=False, nice=True)),
+            tooltip=[x, alt.Tooltip(y, format=".1%" if percent else ",")],
+        )
+    )
+    st.altair_chart(chart.properties(height=200), width="stretch")
+
+
+def bars(data: pd.DataFrame, x: str, y: str) -> None:
+    """Show bars."""
+    chart = (
+        alt.Chart(data)
+        .mark_bar(color=ACCENT, size=14)
+        .encode(
+            x=alt.X(x, sort=None, axis=alt.Axis(labelAngle=0, labelOverlap=True, title=None)),
+            y=alt.Y(y, title=None),
+            tooltip=[x, alt.Tooltip(y, format=",")],
+        )
+    )
+    st.altair_chart(chart.properties(height=200), width="stretch")
+
+
+def table(rows: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    """Show rows as a table without an index; return Streamlit's answer if rows can be selected."""
+    return st.dataframe(pd.DataFrame(list(rows)), hide_index=True, width="stretch", **options)
+
+
+def answer(text: str) -> None:
+    """Show a text of a model: JSON indented, anything else as it is. It is never interpreted."""
+    st.code(pretty(text), language="json" if is_json(text) else None, wrap_lines=True)
+
+
+def is_json(text: str) -> bool:
+    """Return whether a text is a JSON object or list."""
+    if text.lstrip()[:1] not in {"{", "["}:
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def pretty(text: str) -> str:
+    """Return JSON indented, and any other text as it is."""
+    return json.dumps(json.loads(text), indent=2, ensure_ascii=False) if is_json(text) else text
+
+
+def plain(text: str) -> str:
+    """Return a text in which Markdown and HTML mean nothing, except code between backquotes."""
+    pieces = text.split("`")
+    if len(pieces) % 2 == 0:  # a backquote without its other one
+        return _escaped(text)
+    return "".join(f"`{piece}`" if number % 2 else _escaped(piece) for number, piece in enumerate(pieces))
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"\\{character}" if character in _SPECIAL else character for character in text)
+
+
+_SPECIAL = "\\`*_{}[]<>()#+-.!|~$:&"

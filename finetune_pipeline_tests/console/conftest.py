@@ -1,0 +1,124 @@
+"""The console as a process of its own, and a browser that reports every error in its log."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from finetune_pipeline.settings import PROJECT_ROOT
+
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+def missing() -> str:
+    """Return what is missing for tests in a browser; empty if nothing is."""
+    absent = [f"the package {name}" for name in ("streamlit", "playwright") if find_spec(name) is None]
+    absent += [] if CHROMIUM.exists() else [str(CHROMIUM)]
+    return ", ".join(absent)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Start Chromium."""
+    if absent := missing():
+        pytest.skip(f"{absent} is not installed; `make test-ui` needs it")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+class OpenConsole:
+    """A page of the console in a browser.
+
+    Attributes:
+        page: Playwright's page.
+        problems: errors in the browser's log, failed requests, and requests to other hosts.
+    """
+
+    def __init__(self, browser: Any, url: str, width: int = 1280, height: int = 800, theme: str = "light") -> None:
+        self.url = url
+        self.problems: list[str] = []
+        self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.page.on("console", self._note)
+        self.page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
+        self.page.on("request", self._note_foreign)
+        self.page.goto(url)
+        self.wait()
+
+    def _note(self, message: Any) -> None:
+        if message.type == "error":
+            self.problems.append(f"{message.text} ({message.location.get('url', '')})")
+
+    def _note_foreign(self, request: Any) -> None:
+        if not request.url.startswith((self.url, self.url.replace("http", "ws"), "data:", "blob:")):
+            self.problems.append(f"request to {request.url}")
+
+    def wait(self) -> None:
+        """Wait until the script of the page has run."""
+        self.page.wait_for_selector("h1")
+        self.page.wait_for_timeout(150)  # a click is on its way to the server
+        self.page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
+        self.page.wait_for_timeout(150)
+
+    def open(self, title: str) -> None:
+        """Open a page by its link."""
+        link = self.page.get_by_test_id("stSidebarNav").get_by_role("link", name=title, exact=True)
+        if not link.is_visible():
+            self.page.get_by_test_id("stExpandSidebarButton").click()
+        link.click()
+        self.page.wait_for_selector(f"h1:has-text('{title}')")
+        self.wait()
+
+    def click(self, name: str) -> None:
+        """Click a button and wait for what it does."""
+        self.page.get_by_test_id("stMain").get_by_role("button", name=name, exact=False).first.click()
+        self.wait()
+
+    def press(self, key: str) -> None:
+        """Press a key outside of all fields, and wait for what it does."""
+        self.page.locator("h1").click()
+        self.page.keyboard.press(key)
+        self.wait()
+
+    @property
+    def text(self) -> str:
+        """The text of the page."""
+        return str(self.page.get_by_test_id("stMain").inner_text())
+
+    def close(self) -> None:
+        """Close the page."""
+        self.context.close()
+
+
+def start_console(home: Path, **environment: str) -> tuple[subprocess.Popen[bytes], str]:
+    """Start `finetune console` for a home; return the process and its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "finetune_pipeline.cli.main", "console", "--port", str(port)]
+    env = {**os.environ, "FINETUNE_HOME": str(home), "PYTHONPATH": str(PROJECT_ROOT), **environment}
+    with (home / "console.log").open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            httpx.get(f"{url}/_stcore/health", timeout=5)
+            return process, url
+        except httpx.HTTPError:
+            assert process.poll() is None, (home / "console.log").read_text()
+            time.sleep(0.2)
+    process.kill()
+    raise AssertionError("the console did not start within a minute")

@@ -1,0 +1,245 @@
+"""The console in a real browser: each page's main act, on the sample logs of the default loop."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finetune_pipeline.database import connect
+from finetune_pipeline.database.api_keys import create_key
+from finetune_pipeline.database.audit import list_audit
+from finetune_pipeline.export.gguf import convert, quantize
+from finetune_pipeline.feedback.search import InteractionFilter, search
+from finetune_pipeline.feedback.store import counters
+from finetune_pipeline.pipeline.build_dataset import build_dataset
+from finetune_pipeline.pipeline.ingest import ingest
+from finetune_pipeline.pipeline.snapshot import snapshot
+from finetune_pipeline.registry.champion import champion
+from finetune_pipeline.settings import load_loop
+from finetune_pipeline_tests.conftest import dataset_rows
+from finetune_pipeline_tests.console.conftest import OpenConsole, start_console
+from finetune_pipeline_tests.serving.conftest import STARTER, promote
+
+pytestmark = pytest.mark.ui
+
+LOOP = "aec_parser"
+PAGES = ("Overview", "Try and rate", "Review", "Interactions", "Models", "Settings")
+PROMPT = "150 mm concrete wall fire-rated two hours"
+SHOTS = os.environ.get("FINETUNE_UI_SCREENSHOTS")
+
+
+@pytest.fixture(scope="module")
+def prepared(browser, tmp_path_factory):
+    """A home with the sample logs and two promoted versions."""
+    home = tmp_path_factory.mktemp("console") / "home"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_HOME", str(home))
+        for name in ("DAGSTER_HOME", "FINETUNE_DATABASE_URL", "FINETUNE_LOOPS_DIR"):
+            patch.delenv(name, raising=False)
+        loop = load_loop(LOOP)
+        ingest(loop, connect(), print)
+        files = [home / "F16.gguf", home / "Q8_0.gguf"]
+        convert(STARTER, files[0])
+        quantize(files[0], files[1], "Q8_0")
+        for file in files:
+            promote(file, LOOP)
+        connect().engine.dispose()
+    return home
+
+
+@pytest.fixture
+def home(prepared, tmp_path, monkeypatch):
+    """A copy of the prepared home for one test."""
+    copy = tmp_path / "console-home"
+    shutil.copytree(prepared, copy)
+    monkeypatch.setenv("FINETUNE_HOME", str(copy))
+    return copy
+
+
+@pytest.fixture
+def console(home, browser):
+    process, url = start_console(home)
+    opened = OpenConsole(browser, url)
+    yield opened
+    opened.close()
+    process.terminate()
+    assert process.wait(20) is not None
+    log = (home / "console.log").read_text()
+    assert "Traceback" not in log, log
+    assert opened.problems == []
+
+
+def audit():
+    return [(row.action, row.outcome) for row in reversed(list_audit(connect(), LOOP, 50))]
+
+
+def newest(**wanted):
+    with connect().read() as connection:
+        return search(connection, LOOP, InteractionFilter(**wanted), 1)[0]
+
+
+def test_the_overview_says_what_serves_and_what_to_do(console):
+    text = console.text
+    assert "v1.1.0" in text or "v1.0.1" in text
+    assert "high-reward examples, 50 needed" in text
+    assert "There are enough new examples: start a training." in text
+    assert "to review (optional)" in text
+    assert "Start it with finetune ui" in text  # Dagster does not run
+
+
+def test_an_answer_is_tried_rated_and_corrected(console):
+    console.open("Try and rate")
+    console.click("Ask")
+    assert "The prompt is empty." in console.text
+    console.page.get_by_label("Prompt").fill(PROMPT)
+    console.click("Ask")
+    console.page.get_by_role("button", name="Good").wait_for()
+    found = newest(text=PROMPT)
+    assert (found.interaction.user, found.interaction.variant) == (audit_actor(), "ask")
+    console.click("Good")
+    console.click("Gold star")
+    console.page.get_by_text("Correct the answer").click()
+    field = console.page.get_by_label("The correct answer")
+    field.fill('{"element": 3}')
+    console.click("Save the correction")
+    assert "does not accept it" in console.text
+    field.fill('{"element":"wall","material":"concrete","thickness_mm":150,"fire_rating_hr":2}')
+    console.click("Save the correction")
+    kinds = [feedback.kind for feedback in newest(text=PROMPT).feedback]
+    assert kinds == ["thumbs_up", "rating", "correction"]
+    assert [action for action, _ in audit()] == ["ask", "feedback thumbs_up", "feedback gold", "feedback correction"]
+    assert {outcome for _, outcome in audit()} == {""}
+
+
+def audit_actor():
+    return list_audit(connect(), LOOP, 1)[0].actor
+
+
+def test_an_approved_example_is_in_the_next_dataset(console):
+    console.page.get_by_label("Your name").fill("rita")
+    console.page.keyboard.press("Enter")
+    console.wait()
+    console.open("Review")
+    console.press("s")
+    console.press("u")
+    while "It cannot train as it is" in console.text:
+        console.press("x")
+    with connect().read() as connection:
+        before = counters(connection, LOOP)
+    console.press("a")
+    decided = list_audit(connect(), LOOP, 1)[0]
+    assert (decided.action, decided.actor, decided.outcome) == ("review approve", "rita", "")
+    console.press("e")
+    console.page.get_by_label("Correct answer").fill("not JSON")
+    console.click("Save")
+    assert "It cannot train like this" in console.text
+    console.click("Cancel")
+    loop = load_loop(LOOP)
+    raw_logs, _ = snapshot(loop, connect())
+    dataset = build_dataset(loop, raw_logs)
+    rows = [*dataset_rows(dataset.path, "train"), *dataset_rows(dataset.path, "validation")]
+    assert decided.subject in {row["interaction_id"] for row in rows}
+    assert before["interactions"] == 320
+
+
+def test_interactions_are_searched_and_opened(console):
+    console.open("Interactions")
+    assert "1 to 25" in console.text
+    console.page.get_by_label("Text").fill("no such text anywhere")
+    console.page.keyboard.press("Enter")
+    console.wait()
+    assert "No interaction matches." in console.text
+    console.page.get_by_label("Text").fill("duct")
+    console.page.keyboard.press("Enter")
+    console.wait()
+    console.page.locator("[data-testid=stDataFrame] canvas").first.click(position={"x": 16, "y": 54})
+    console.wait()
+    assert "what it trains" in console.text and "answer of aec_parser@" in console.text
+    console.click("Bad")
+    assert audit() == [("feedback thumbs_down", "")]
+
+
+def test_a_model_is_switched_archived_and_rolled_back(console):
+    db = connect()
+    console.open("Models")
+    first, second = sorted(one["name"] for one in versions(db))
+    assert champion(db, LOOP).name == second
+    console.click("Roll back")
+    assert "rollback needs reason" in console.text  # nothing happened
+    assert champion(db, LOOP).name == second
+    console.page.get_by_label("Reason").fill("to see it")
+    console.page.keyboard.press("Enter")
+    console.wait()
+    console.click("Roll back")
+    assert champion(db, LOOP).name == first
+    console.wait()
+    console.page.get_by_label("Reason").fill("better after all")
+    console.page.keyboard.press("Enter")
+    console.wait()
+    console.click("Switch to the base model")
+    assert champion(db, LOOP) is None
+    assert [action for action, _ in audit()] == ["model rollback", "model rollback", "model switch"]
+    assert [outcome == "" for _, outcome in audit()] == [False, True, True]
+
+
+def versions(db):
+    from finetune_pipeline.registry.model_versions import list_models
+
+    return [{"name": one.name} for one in list_models(db, LOOP)]
+
+
+def test_settings_are_found(console):
+    console.open("Settings")
+    console.page.get_by_label("Find").fill("learning rate")
+    console.page.keyboard.press("Enter")
+    console.wait()
+    assert "1 of " in console.text
+
+
+def test_a_key_that_only_reads_can_change_nothing(home, browser):
+    secrets = {scope: create_key(connect(), scope, [scope]) for scope in ("view", "feedback")}
+    process, url = start_console(home)
+    try:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(url)
+        page.get_by_label("API key").fill("ft-wrong")
+        page.get_by_role("button", name="Log in").click()
+        assert "No key in use" in page.inner_text("main")
+        page.get_by_label("API key").fill(secrets["view"])
+        page.get_by_role("button", name="Log in").click()
+        page.wait_for_selector("h1:has-text('Overview')")
+        page.get_by_test_id("stSidebarNav").get_by_role("link", name="Review").click()
+        page.get_by_text("log in with one that has feedback").wait_for()
+        page.get_by_test_id("stSidebarNav").get_by_role("link", name="Models").click()
+        page.wait_for_selector("h1:has-text('Models')")
+        page.get_by_text("History").wait_for()
+        assert page.get_by_role("button", name="Roll back").count() == 0
+        context.close()
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_every_page_fits_in_both_themes(home, browser, theme, width, height):
+    process, url = start_console(home)
+    try:
+        console = OpenConsole(browser, url, width, height, theme)
+        for title in PAGES:
+            console.open(title)
+            page = console.page
+            if width < 500 and page.get_by_test_id("stSidebar").get_attribute("aria-expanded") == "true":
+                page.get_by_test_id("stSidebarCollapseButton").get_by_role("button").click()
+                page.wait_for_timeout(500)
+            overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert overflow <= 0, f"{title} is {overflow} pixels too wide"
+            if SHOTS:
+                page.screenshot(path=Path(SHOTS) / f"{title.lower().replace(' ', '-')}-{theme}-{width}.png")
+        console.close()
+        assert console.problems == []
+    finally:
+        process.terminate()
+        process.wait(20)
