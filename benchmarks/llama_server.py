@@ -12,9 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ import json, sys, time, xllamacpp
 given = json.loads(sys.argv[1])
 params = xllamacpp.CommonParams()
 params.model.path = given["gguf"]
+params.no_extra_bufts = True  # weights are not repacked, as in the engine
 params.n_ctx, params.n_parallel = given["context"], given["parallel"]
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given["threads"]
 params.hostnames, params.port = ["127.0.0.1"], given["port"]
@@ -62,7 +63,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="finetune-llama-server-") as folder:
         gguf, adapters = _make(Path(folder))
-        with _engine(gguf, adapters[0]) as engine, _llama_server(python, gguf, adapters, engine.info.threads) as server:
+        with ExitStack() as stack:
+            engine, port = stack.enter_context(_engine(gguf, adapters[0])), free_port()
+            server = stack.enter_context(started(_command(python, gguf, adapters, engine.info.threads, port), port))
             sides: dict[str, _EngineSide | _LlamaServerSide] = {
                 "engine": _EngineSide(engine, adapters),
                 "llama-server": _LlamaServerSide(server),
@@ -153,18 +156,26 @@ def _engine(gguf: Path, adapter: Path) -> Engine:
     return Engine(ModelSpec(gguf=gguf, adapter=adapter, context=512, parallel=CLIENTS))
 
 
-@contextmanager
-def _llama_server(python: str, gguf: Path, adapters: list[Path], threads: int) -> Iterator[str]:
-    port = free_port()
+def _command(python: str, gguf: Path, adapters: list[Path], threads: int, port: int) -> list[str]:
     given = {"gguf": str(gguf), "context": 512 * CLIENTS, "parallel": CLIENTS, "threads": threads, "port": port}
     given["adapters"] = [[str(path), float(number == 0)] for number, path in enumerate(adapters)]
-    command = [python, "-c", _SERVER, json.dumps(given)]
+    return [python, "-c", _SERVER, json.dumps(given)]
+
+
+@contextmanager
+def started(command: Sequence[str], port: int) -> Iterator[str]:
+    """Run a llama-server, which ends with the block, and yield its URL once it has loaded its model.
+
+    Args:
+        command: starts it on this machine; its input stays open as long as it should run.
+        port: at which it listens.
+    """
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + START_SECONDS
-        while not is_up(url):
-            if process.poll() is not None or time.monotonic() > end:
+        last = time.monotonic() + START_SECONDS
+        while not _is_up(url):
+            if process.poll() is not None or time.monotonic() > last:
                 sys.exit(f"llama-server did not start within {START_SECONDS} s (exit status {process.poll()})")
             time.sleep(0.1)
         yield url
@@ -173,8 +184,7 @@ def _llama_server(python: str, gguf: Path, adapters: list[Path], threads: int) -
         process.wait()
 
 
-def is_up(url: str) -> bool:
-    """Return whether a llama-server answers at this URL and has loaded its model."""
+def _is_up(url: str) -> bool:
     try:
         return httpx.get(f"{url}/health").status_code == 200
     except httpx.TransportError:

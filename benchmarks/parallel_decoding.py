@@ -1,8 +1,9 @@
 """Parallel decoding and shared beginnings, against llama-cpp-python one request at a time, and llama-server.
 
 All sides have the same GGUF, tokens of prompts, limit of tokens, threads, flash attention and greedy decoding, and take
-turns in one run, so that other programs slow all of them. llama-server is measured if LLAMA_SERVER names its binary,
-built from the source package of the installed llama-cpp-python with the same flags:
+turns in one run, so that other programs slow all of them. Neither the engine nor llama-server repacks weights.
+llama-server is measured if LLAMA_SERVER names its binary, built from the source package of the installed
+llama-cpp-python with the same flags:
 
     LLAMA_SERVER=$(scripts/make_llama_server.sh) python -m benchmarks parallel_decoding
 
@@ -14,13 +15,11 @@ tokens have to be its two most probable ones, with log-probabilities at most MAR
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import httpx
 
 from benchmarks.engine_threads import STARTER, models
 from benchmarks.gateway import free_port
-from benchmarks.llama_server import is_up
+from benchmarks.llama_server import started
 from benchmarks.results import end, publish
 from finetune_pipeline.export.gguf import convert
 from finetune_pipeline.inference.engine import Engine
@@ -40,7 +39,6 @@ from finetune_pipeline.settings import load_loop
 ROUNDS, CONTEXT, PARALLEL = 5, 512, 8
 PROMPTS = {"starter": 64, "SmolLM2": 16}
 TOKENS = 48
-START_SECONDS = 60
 MARGIN = 0.1
 """Largest difference of the log-probabilities of two tokens that may be exchanged."""
 
@@ -116,7 +114,8 @@ def _measure(gguf: Path, count: int) -> tuple[dict[str, list[float]], dict[str, 
         }
         calls, token_loop = _llama_cpp_python(gguf, engine.info.threads)
         if binary := os.environ.get("LLAMA_SERVER"):
-            url = stack.enter_context(_llama_server(binary, gguf, engine.info.threads))
+            port = free_port()
+            url = stack.enter_context(started(_server_command(binary, gguf, engine.info.threads, port), port))
             client = stack.enter_context(httpx.Client(base_url=url, timeout=600))
             sides[SERVER] = lambda: _server_answers(client, prompts)
         else:
@@ -202,27 +201,14 @@ def _server_answers(client: httpx.Client, prompts: list[list[int]]) -> Answers:
         return list(threads.map(ask, prompts))
 
 
-@contextmanager
-def _llama_server(binary: str, gguf: Path, threads: int) -> Iterator[str]:
-    port = free_port()
+def _server_command(binary: str, gguf: Path, threads: int, port: int) -> list[str]:
     settings = {
         "--model": gguf, "--port": port, "--ctx-size": CONTEXT * PARALLEL, "--parallel": PARALLEL, "--threads": threads,
         "--threads-batch": threads, "--flash-attn": "on",
         "--cache-ram": 0,  # would keep the prompts of the rounds before; what slots hold is kept by both sides
     }  # fmt: skip
-    command = [binary, *(str(part) for pair in settings.items() for part in pair)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        last = time.monotonic() + START_SECONDS
-        while not is_up(url):
-            if process.poll() is not None or time.monotonic() > last:
-                sys.exit(f"llama-server did not start within {START_SECONDS} s (exit status {process.poll()})")
-            time.sleep(0.1)
-        yield url
-    finally:
-        process.kill()
-        process.wait()
+    # The engine does not repack weights either.
+    return [binary, "--no-repack", *(str(part) for pair in settings.items() for part in pair)]
 
 
 def _gap(engine: Engine, text: str, own: list[int], other: list[int]) -> float | None:

@@ -7,7 +7,7 @@ $FINETUNE_HOME/live_gateway, replaced each time) runs `finetune serve` and `dags
 unmodified OpenAI client sends 60 requests to the starter model. Wrong answers get a correction
 through the API, correct ones a thumbs-up. The sensor starts the loop, which trains, evaluates and
 promotes a new model. The gateway swaps to it, and the same client sends the 60 requests again, and
-40 others without feedback. Takes about 2 minutes.
+40 others without feedback.
 """
 
 import json

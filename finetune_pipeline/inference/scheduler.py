@@ -156,7 +156,7 @@ class Scheduler:
         """Queue a request with its tokenized prompt; it takes no slot before its schema is compiled.
 
         Args:
-            stream: report text deltas; a completion without them takes a third less of Python's time.
+            stream: report text deltas; a completion without them takes less of Python's time.
         """
         if not prompt:
             self._report(id, RequestRefused("The prompt has no tokens; give at least one character."))
