@@ -76,7 +76,7 @@ def slices_plot(comparison: Comparison) -> Plot:
         labels = [format_metric(group.points, "%", signed=True).removesuffix(" points") for group in groups]
         axes.bar_label(bars, labels, padding=3)
         axes.axvline(0, color=COLORS["champion"], linewidth=0.8)
-        axes.margins(x=0.18)
+        axes.margins(x=0.25)
         axes.set_title("Change in each slice (points)")
 
     return plot

@@ -42,7 +42,7 @@ from finetune_pipeline.evaluation.comparison import (
     score_model,
 )
 from finetune_pipeline.evaluation.judging import judge_answers
-from finetune_pipeline.evaluation.performance import measure_performance
+from finetune_pipeline.evaluation.performance import Performance, measure_performance
 from finetune_pipeline.evaluation.scoring import Scorer
 from finetune_pipeline.inference.build import engine_build
 from finetune_pipeline.inference.engine import Engine
@@ -188,22 +188,7 @@ def compare_models(
     # By position, since contenders may have the same name.
     specs = {str(index): one.spec for index, one in enumerate(contenders) if isinstance(one.spec, ModelSpec)}
     timed = partial(on_progress, "all models, timed,")
-    speeds = measure_speed(
-        specs,
-        benchmark,
-        settings,
-        system_prompt,
-        constraint=constraint,
-        on_progress=timed,
-        open_engine=open_engine,
-    )
-    performances = measure_performance(
-        {name: spec.model_copy(update={"context": settings.context}) for name, spec in specs.items()},
-        [_request(one, settings, system_prompt, constraint) for one in benchmark.questions],
-        settings.parallel,
-        settings.price_per_hour,
-        open_engine,
-    )
+    speeds, performances = _measure(specs, benchmark, settings, system_prompt, constraint, timed, open_engine)
     results = [
         replace(
             score_model(
@@ -232,6 +217,35 @@ def compare_models(
         judgements=judgements,
         samples=settings.samples,
     )
+
+
+def _measure(
+    specs: Mapping[str, ModelSpec],
+    benchmark: Benchmark,
+    settings: EvaluationSettings,
+    system_prompt: str,
+    constraint: Schema | None,
+    on_progress: Progress,
+    open_engine: OpenEngine,
+) -> tuple[dict[str, Speed], dict[str, Performance]]:
+    """Return the speed of models one prompt at a time, and their performance at saturation, by name."""
+    speeds = measure_speed(
+        specs,
+        benchmark,
+        settings,
+        system_prompt,
+        constraint=constraint,
+        on_progress=on_progress,
+        open_engine=open_engine,
+    )
+    performances = measure_performance(
+        {name: spec.model_copy(update={"context": settings.context}) for name, spec in specs.items()},
+        [_request(one, settings, system_prompt, constraint) for one in benchmark.questions],
+        settings.parallel,
+        settings.price_per_hour,
+        open_engine,
+    )
+    return speeds, performances
 
 
 def answer_benchmark(
