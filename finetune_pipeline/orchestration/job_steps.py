@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError
 
 from finetune_pipeline.database import DatabaseError, connect
 from finetune_pipeline.manifests import AdapterManifest
@@ -81,7 +81,7 @@ def job_step(loop: LoopSettings, context: dg.AssetExecutionContext) -> Iterator[
         return
     if job.status in ("paused", "canceled") or job.wanted in ("pause", "cancel"):
         raise dg.Failure(f"the job {job.id} is to end: {job.wanted or job.status}", allow_retries=False)
-    with _best_effort():
+    with _best_effort(unusable=OperationalError):  # Dagster's own database
         context.instance.add_run_tags(run.run_id, {PROCESS_TAG: this_process()})
     with _best_effort():
         note_started(connect(), job.id)
@@ -94,11 +94,11 @@ def job_step(loop: LoopSettings, context: dg.AssetExecutionContext) -> Iterator[
 
 
 @contextmanager
-def _best_effort() -> Iterator[None]:
+def _best_effort(unusable: type[Exception] = DatabaseError) -> Iterator[None]:
     """Log a database that is locked or full; what a step does, and why it fails, matters more than the job's row."""
     try:
         yield
-    except (DatabaseError, SQLAlchemyError) as error:
+    except unusable as error:
         _log.warning("the training job could not be updated: %s", error)
 
 

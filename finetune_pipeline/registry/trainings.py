@@ -32,13 +32,13 @@ class Training(Record):
 
 
 def record_training(db: Database, job: Training) -> None:
-    """Record a training job, unless one with the same loop and id is recorded."""
+    """Record a training, unless one of the same loop and id is recorded."""
     with db.write() as connection:
         insert_if_absent(connection, trainings, job.model_dump())
 
 
 def find_training(db: Database, loop: str, id: str) -> Training | None:
-    """Return the training job that made this version of the adapter."""
+    """Return the training that made this version of the adapter."""
     query = sa.select(trainings).where(trainings.c.loop == loop, trainings.c.id == id)
     with db.read() as connection:
         row = connection.execute(query).first()
@@ -53,7 +53,7 @@ def count_trainings(db: Database, loop: str) -> int:
 
 
 def list_trainings(db: Database, loop: str) -> list[Training]:
-    """Return the training jobs of a loop, newest first."""
+    """Return the trainings of a loop, newest first."""
     query = sa.select(trainings).where(trainings.c.loop == loop).order_by(trainings.c.created_at.desc())
     with db.read() as connection:
         return [Training(**row._mapping) for row in connection.execute(query)]

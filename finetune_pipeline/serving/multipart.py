@@ -1,18 +1,16 @@
-"""A streaming reader of multipart/form-data (RFC 7578), for uploads that do not fit into memory."""
+"""Forms with files (multipart/form-data, RFC 7578) read while they arrive, for uploads that do not fit into memory."""
 
-import re
 from collections.abc import AsyncIterator
-from email.message import Message
-from email.parser import HeaderParser
 from typing import NamedTuple
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 from finetune_pipeline.serving.errors import BadRequest, WrongMediaType
 
-_MAX_HEAD = 8 * 2**10
-
 
 class Part(NamedTuple):
-    """A piece of a form's field. A field comes in at least two pieces, the last of which is empty."""
+    """A piece of a form's field. The last piece of each field is empty."""
 
     name: str
     filename: str | None
@@ -25,14 +23,13 @@ def boundary_of(content_type: str) -> bytes:
     Raises:
         WrongMediaType: it is another type, or names no boundary.
     """
-    header = Message()
-    header["content-type"] = content_type
-    boundary = header.get_boundary() or ""
-    if header.get_content_type() != "multipart/form-data" or not 0 < len(boundary) <= 200 or not boundary.isascii():
+    media_type, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary", b"")
+    if media_type != b"multipart/form-data" or not 0 < len(boundary) <= 200 or not boundary.isascii():
         raise WrongMediaType(
             f"The content type is {content_type[:100] or 'missing'}; send the file as multipart/form-data."
         )
-    return boundary.encode()
+    return boundary
 
 
 async def form_parts(boundary: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[Part]:
@@ -44,42 +41,63 @@ async def form_parts(boundary: bytes, chunks: AsyncIterator[bytes]) -> AsyncIter
     Raises:
         BadRequest: the body is no form, or it breaks off.
     """
-    delimiter = b"\r\n--" + boundary
-    buffer = bytearray(b"\r\n")  # the first delimiter may be the first line
-    field: tuple[str, str | None] | None = None  # None before the first delimiter
+    form = _Form(boundary)
     async for chunk in chunks:
-        buffer += chunk
-        while (at := buffer.find(delimiter)) >= 0:
-            end = at + len(delimiter)
-            if len(buffer) < end + 2:
-                break
-            closing = bytes(buffer[end : end + 2]) == b"--"
-            head_end = buffer.find(b"\r\n\r\n", end)
-            if not closing and head_end < 0:
-                if len(buffer) - end > _MAX_HEAD:
-                    raise BadRequest("A part of the form has headers of more than 8 KiB, or none.")
-                break
-            if field is not None:
-                if at:
-                    yield Part(*field, bytes(buffer[:at]))
-                yield Part(*field, b"")
-            if closing:
-                return
-            field = _field_of(bytes(buffer[end:head_end]))
-            del buffer[: head_end + 4]
-        safe = len(buffer) - len(delimiter)
-        if buffer.find(delimiter) < 0 and safe > 0:
-            if field is not None:
-                yield Part(*field, bytes(buffer[:safe]))
-            del buffer[:safe]
-    raise BadRequest("The form breaks off: its last boundary is missing.")
+        try:
+            form.parser.write(chunk)
+        except FormParserError as error:
+            raise BadRequest(f"The body is no multipart form: {error}") from error
+        for part in form.parts:
+            yield part
+        form.parts.clear()
+    if not form.complete:
+        raise BadRequest("The form breaks off: its last boundary is missing.")
 
 
-def _field_of(head: bytes) -> tuple[str, str | None]:
-    header = HeaderParser().parsestr(head.decode("utf-8", "replace").lstrip("\r\n"))
-    disposition = header.get("content-disposition", "")
-    names = dict(re.findall(r';\s*(name|filename)="((?:[^"\\]|\\.)*)"', disposition))
-    names |= dict(re.findall(r";\s*(name|filename)=([^\";\s]+)", disposition))
-    if "name" not in names:
-        raise BadRequest("A part of the form has no name in its Content-Disposition.")
-    return names["name"], names.get("filename")
+class _Form:
+    """The callbacks of a parser, which collect what one chunk of the body brought."""
+
+    def __init__(self, boundary: bytes) -> None:
+        self.parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
+                "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+                "on_header_end": self._header_end,
+                "on_headers_finished": self._headers_finished,
+                "on_part_data": lambda data, start, end: self._add(data[start:end]),
+                "on_part_end": lambda: self._add(b""),
+                "on_end": self._end,
+            },
+        )
+        self.parts: list[Part] = []
+        self.complete = False
+        self._header, self._value = bytearray(), bytearray()
+        self._disposition = b""
+        self._field: tuple[str, str | None] = ("", None)
+
+    def _begin(self) -> None:
+        self._disposition = b""
+
+    def _header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._header.clear()
+        self._value.clear()
+
+    def _headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if b"name" not in options:
+            raise BadRequest("A part of the form has no name in its Content-Disposition.")
+        filename = options.get(b"filename")
+        self._field = (
+            options[b"name"].decode("utf-8", "replace"),
+            None if filename is None else filename.decode("utf-8", "replace"),
+        )
+
+    def _add(self, data: bytes) -> None:
+        self.parts.append(Part(*self._field, data))
+
+    def _end(self) -> None:
+        self.complete = True
