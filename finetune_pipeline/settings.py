@@ -109,7 +109,7 @@ def _from_loop_folder(text: str, info: ValidationInfo) -> str:
 
 def _model_from_loop_folder(text: str, info: ValidationInfo) -> str:
     folder = (info.context or {}).get("folder")
-    is_path = folder is not None and (text.startswith((".", "/", "~")) or (folder / text).is_dir())
+    is_path = folder is not None and (text.startswith((".", "/", "~")) or (folder / text).exists())
     return _from_loop_folder(text, info) if is_path else text  # else a Hugging Face id
 
 
@@ -1414,7 +1414,7 @@ class LoopSettings(Settings):
         default=(), description="Owners of the assets, shown in Dagster's UI: email addresses, or team:NAME."
     )
     base_model: Annotated[str, AfterValidator(_model_from_loop_folder)] = Field(
-        description="Hugging Face model id, or a local folder."
+        description="Hugging Face model id, a local folder, or a GGUF (also Ollama's blob of one)."
     )
     system_prompt: str = Field(
         default="", description="System message of every prompt, in training, evaluation and serving."
@@ -1524,6 +1524,11 @@ class LoopSettings(Settings):
     def job_name(self) -> str:
         """Name of the Dagster job that runs the whole loop."""
         return f"{self.name}_loop"
+
+    @property
+    def base_quantization(self) -> str:
+        """Return the quantization of the base model's GGUF: `export.quantization`, or "as given" if it is a GGUF."""
+        return "as given" if project_path(self.base_model).is_file() else self.export.quantization
 
     @property
     def context(self) -> int:

@@ -70,7 +70,7 @@ def plan(
     Lists adapter, batch, length, peak memory and time for each option, and how they were estimated. The tokenizer and
     chat template of a base model that is on this machine are checked first.
     """
-    from finetune_pipeline.export.base import local_tokenizer
+    from finetune_pipeline.export.base import dequantized_base, local_tokenizer
     from finetune_pipeline.pipeline.check_loop import vocabulary_problems
     from finetune_pipeline.pipeline.plan import ASSUMED_EXAMPLES, expected_examples, plan_training
     from finetune_pipeline.training.architecture import architecture_of
@@ -82,7 +82,7 @@ def plan(
         raise SettingsError(f"--vram {vram} is not a memory size; give a number of GB, such as --vram 12")
     chosen = None if base and not loop else the_loop(loop)
     name, given = (chosen.base_model, chosen.training) if chosen else ("", TrainingSettings())
-    architecture = architecture_of(base or name)
+    architecture = architecture_of(dequantized_base(base or name))
     folder = local_tokenizer(base or name)
     problems = vocabulary_problems(folder, chosen) if folder else []
     if problems:

@@ -1,4 +1,4 @@
-"""python -m finetune_pipeline.export merge|convert|quantize|check ...: steps that run in a child process."""
+"""python -m finetune_pipeline.export merge|convert|quantize|check|dequantize ...: steps that run in a child process."""
 
 import argparse
 import sys
@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("base", type=Path)
     check.add_argument("script", type=Path, help="llama.cpp's converter")
     check.add_argument("folder", type=Path, help="holds the staged model and the request; gets the problems")
+    dequantize = steps.add_parser("dequantize", help="read a base model from a GGUF")
+    dequantize.add_argument("gguf", type=Path)
+    dequantize.add_argument("folder", type=Path, help="gets the model in Hugging Face's layout, or the problem")
     options = parser.parse_args(arguments)
     if options.step == "merge":
         from finetune_pipeline.export.merge import merge_here
@@ -45,6 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         from finetune_pipeline.export.base_check import check_here
 
         check_here(options.base, options.script, options.folder)
+        return 0
+    if options.step == "dequantize":
+        from finetune_pipeline.export.gguf_base import dequantize_here
+
+        dequantize_here(options.gguf, options.folder)
         return 0
     from finetune_pipeline.export.gguf import quantize_here
 

@@ -1,9 +1,11 @@
 """The folder of a base model, and the hash of its weights, configuration and tokenizer."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.artifacts import hash_file_cached, hash_of
+from finetune_pipeline.export.gguf_base import cached_folder, dequantized, is_gguf
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.manifests import TOKENIZER_FILES
 from finetune_pipeline.settings import project_path
@@ -11,26 +13,34 @@ from finetune_pipeline.wording import first_line
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_METADATA_BYTES = 100_000
 
 
 def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_FILES, *TOKENIZER_FILES)) -> Path:
     """Return the folder of a base model.
 
     Args:
-        name: a folder, absolute or relative to the project; or a Hugging Face id, which is downloaded once into
-            Hugging Face's cache (safetensors, JSON and tokenizer files only).
+        name: a folder, absolute or relative to the project; a GGUF, which is dequantized once into a folder of the
+            cache; or a Hugging Face id, which is downloaded once into Hugging Face's cache (safetensors, JSON and
+            tokenizer files only).
         files: patterns of the files to download.
 
     Raises:
-        ExportError: the folder does not exist, or the model is not in the cache and cannot be downloaded.
+        ExportError: the folder does not exist, the GGUF cannot be used, or the model is not in the cache and cannot be
+            downloaded.
     """
     folder = project_path(name)
     if folder.is_dir():
         return folder
+    if is_gguf(folder):
+        return dequantized(folder)
+    if folder.is_file():
+        raise ExportError(f"base_model: {folder} is not a GGUF; name a GGUF, a folder or a Hugging Face id")
     # "owner/model" and the old one-word ids ("gpt2") are Hugging Face ids, unless "owner" is a folder here.
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
-    if is_path:
-        raise ExportError(f"base_model: the folder {folder} does not exist; correct it")
+    if is_path or name.endswith(".gguf"):
+        what = "file" if name.endswith(".gguf") else "folder"
+        raise ExportError(f"base_model: the {what} {folder} does not exist; correct it")
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -46,13 +56,21 @@ def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_F
         ) from error
 
 
-def local_tokenizer(name: str) -> Path | None:
-    """Return the folder of a base model, or of its files in Hugging Face's cache; None if there is no tokenizer in it.
+def dequantized_base(name: str) -> str:
+    """Return the folder of a GGUF's model, see `dequantized`; any other name of a base model unchanged."""
+    path = project_path(name)
+    return str(dequantized(path)) if is_gguf(path) else name
 
-    Nothing is downloaded.
+
+def local_tokenizer(name: str) -> Path | None:
+    """Return the folder of a base model, or of its files in a cache; None if there is no tokenizer in it.
+
+    Nothing is downloaded, and no GGUF is dequantized.
     """
     folder = project_path(name)
-    if not folder.is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if is_gguf(folder):
+        folder = cached_folder(folder)
+    elif not folder.is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(name, "config.json")
@@ -63,9 +81,14 @@ def local_tokenizer(name: str) -> Path | None:
 def base_stamp(name: str) -> dict[str, Any]:
     """Return what identifies a base model without reading its weights: small files by hash, weights by size.
 
-    A Hugging Face id stands for itself; nothing is downloaded.
+    Of a GGUF, its first bytes are hashed, which are the metadata. A Hugging Face id stands for itself; nothing is
+    downloaded.
     """
     folder = project_path(name)
+    if is_gguf(folder):
+        with folder.open("rb") as file:
+            metadata = hashlib.sha256(file.read(_METADATA_BYTES)).hexdigest()
+        return {"name": name, "size": folder.stat().st_size, "metadata": metadata}
     weights = {path.name: path.stat().st_size for pattern in _WEIGHTS for path in folder.glob(pattern)}
     small = [folder / file for file in (*CONFIG_FILES, *TOKENIZER_FILES) if (folder / file).is_file()]
     return {"name": name, **weights, **{path.name: hash_file_cached(path) for path in small}}

@@ -1,4 +1,7 @@
-"""The base model as a GGUF, made once. It serves without a champion, and adapters are applied to it."""
+"""The base model as a GGUF, made once. It serves without a champion, and adapters are applied to it.
+
+If `base_model` is a GGUF, that file itself is used, without a copy.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +12,7 @@ from finetune_pipeline.export.base import base_hash, resolve_base_model
 from finetune_pipeline.export.model import export
 from finetune_pipeline.export.special_tokens import FORM
 from finetune_pipeline.manifests import BaseGgufManifest
-from finetune_pipeline.settings import LoopSettings
+from finetune_pipeline.settings import LoopSettings, project_path
 
 
 def base_gguf(loop: LoopSettings, log: Callable[[str], None]) -> Path:
@@ -26,10 +29,20 @@ def base_gguf_artifact(loop: LoopSettings, log: Callable[[str], None]) -> Artifa
     base = resolve_base_model(loop.base_model)
     inputs = {"base_model": base_hash(base)}
     packages = package_versions("llama_cpp_python")
-    quantization = loop.export.quantization
+    quantization = loop.base_quantization
     settings = {"quantization": quantization, "special_tokens": FORM, **packages}
 
     def make(folder: Path) -> dict[str, Any]:
+        if project_path(loop.base_model).is_file():
+            (folder / "base.gguf").symlink_to(project_path(loop.base_model).resolve())
+            return {
+                "inputs": inputs,
+                "settings": settings,
+                "packages": packages,
+                "gguf": "base.gguf",
+                "quantization": quantization,
+                "base_hash": inputs["base_model"],
+            }
         messages = {
             "convert": "convert the base model to GGUF",
             "quantize": f"quantize the base model to {quantization}",

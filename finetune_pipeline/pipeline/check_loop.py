@@ -17,7 +17,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.benchmark import BenchmarkError, load_benchmark
 from finetune_pipeline.evaluation.gate import benchmark_capacity
 from finetune_pipeline.evaluation.metrics import MetricError
-from finetune_pipeline.export.base import CONFIG_FILES, resolve_base_model
+from finetune_pipeline.export.base import CONFIG_FILES, dequantized_base, resolve_base_model
 from finetune_pipeline.export.base_check import check_vocabulary
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.feedback.rewards import reward_function
@@ -80,7 +80,7 @@ def check_loop(loop: LoopSettings, *, download: bool = True) -> list[str]:
         *_at("training", (problem for problem in _training(loop) if problem not in no_model)),
         *_at("base_model", no_model),
     ]
-    if not no_model and (project_path(loop.base_model).is_dir() or (download and not problems)):
+    if not no_model and (project_path(loop.base_model).exists() or (download and not problems)):
         no_model = _base_model(loop)
         problems += _at("base_model", no_model)
     if not no_model:
@@ -153,7 +153,7 @@ def _lengths(folder: Path, loop: LoopSettings) -> list[str]:
     """
     settings = loop.training
     if settings.preset is not None:
-        settings = apply_preset(settings, architecture_of(loop.base_model))
+        settings = apply_preset(settings, architecture_of(dequantized_base(loop.base_model)))
     stored = (SourceRecord("", one.prompt, one.target, one.history) for one in _stored(loop))
     records = list(islice(chain(stored, _given(loop)), _EXAMPLES))
     return list(filter(None, [too_long(records, folder, loop.system_prompt, settings.max_length)]))
@@ -265,7 +265,7 @@ def _training(loop: LoopSettings) -> Iterator[str]:
         return
     if settings.preset is not None:
         try:
-            settings = apply_preset(settings, architecture_of(loop.base_model))
+            settings = apply_preset(settings, architecture_of(dequantized_base(loop.base_model)))
         except _EXPECTED as error:
             yield str(error)
             return  # the checks below are of the settings that the preset fills

@@ -70,13 +70,14 @@ def export_model(
     base_gguf = base_gguf_artifact(loop, log) if loop.export.form == "adapter" else None
     inputs = {AdapterManifest.stage: adapter.manifest.version, "base_model": adapter.manifest.base_hash}
     packages = package_versions("llama_cpp_python")
-    settings = {"quantization": loop.export.quantization, "special_tokens": FORM, **packages}
+    kind = base_gguf.manifest.quantization if base_gguf else loop.export.quantization
+    settings = {"quantization": kind, "special_tokens": FORM, **packages}
     if base_gguf:
         inputs["base_gguf"] = base_gguf.manifest.version
         settings["form"] = "adapter"
 
     def make(folder: Path) -> dict[str, Any]:
-        kind, adapter_folder = loop.export.quantization, adapter.path / "adapter"
+        adapter_folder = adapter.path / "adapter"
         chats = [question.messages(loop.system_prompt) for question in _sample(loop)]
         prompts = ReferencePrompts(chats, loop.evaluation.max_tokens)
         if base_gguf is None:

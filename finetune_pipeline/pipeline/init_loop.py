@@ -16,6 +16,7 @@ from uuid import UUID
 from finetune_pipeline.curation.acceptance import Policy, accept, benchmark_overlap
 from finetune_pipeline.curation.decontamination import NearIndex
 from finetune_pipeline.curation.redaction import redact_example
+from finetune_pipeline.export.gguf_base import is_gguf
 from finetune_pipeline.pipeline.benchmark_split import ADVISABLE, choose_questions, count_distinct
 from finetune_pipeline.pipeline.loop_files import question_index
 from finetune_pipeline.pipeline.loop_template import (
@@ -82,7 +83,7 @@ def init_loop(name: str, folder: Path, base: str, data: Path | None = None) -> W
     Args:
         name: of the loop.
         folder: the folder of loops, which is created; the loop is written to a folder with its name in it.
-        base: a Hugging Face id, or a model's folder, absolute or relative to the current folder.
+        base: a Hugging Face id, or a model's folder or GGUF, absolute or relative to the current folder.
         data: a file of rows; None writes a loop without rows and questions.
 
     Raises:
@@ -141,13 +142,13 @@ def _check_is_new(name: str, folder: Path) -> None:
 
 
 def _base_model(base: str) -> str:
-    """Return the absolute path of a model's folder, or a Hugging Face id unchanged."""
+    """Return the absolute path of a model's folder or GGUF, or a Hugging Face id unchanged."""
     path = Path(base).expanduser()
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return str(path.resolve())
     if not _HUB_ID.fullmatch(base):
         raise SettingsError(
-            f"the base model {base!r} is neither a folder ({path.absolute()}) nor a Hugging Face id such as "
+            f"the base model {base!r} is neither a folder or GGUF ({path.absolute()}) nor a Hugging Face id such as "
             f"{DEFAULT_BASE}; correct it"
         )
     return base

@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune_pipeline.curation.acceptance import TokenCounter
 from finetune_pipeline.curation.errors import CurationError
+from finetune_pipeline.export.base import dequantized_base
 from finetune_pipeline.pipeline.benchmark_split import FRACTION
 from finetune_pipeline.pipeline.loop_template import Setting
 from finetune_pipeline.pipeline.schema_inference import infer_schema, repeats
@@ -154,7 +155,7 @@ def training_of(base: str, rows: int) -> tuple[dict[str, Setting], list[str]]:
         rows: rows to train on.
     """
     try:
-        parameters = architecture_of(base).parameters
+        parameters = architecture_of(dequantized_base(base)).parameters
     except TrainingError:
         return {}, []
     if parameters >= _TINY:

@@ -8,7 +8,7 @@ from typing import Any
 from finetune_pipeline.artifacts import Artifact, get_or_create, package_versions, version_of, wait_for_lock
 from finetune_pipeline.curation.dataset_files import PREFERENCE, PROMPT_COMPLETION, UNPAIRED_PREFERENCE, type_folder
 from finetune_pipeline.database import connect
-from finetune_pipeline.export.base import base_hash, resolve_base_model
+from finetune_pipeline.export.base import base_hash, dequantized_base, resolve_base_model
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest
 from finetune_pipeline.pipeline.incremental import training_start, write_subset
 from finetune_pipeline.pipeline.loop_files import PACKAGES
@@ -68,7 +68,7 @@ def train_adapter(
     settings = settings.model_copy(update={"method": method})
     if settings.preset is not None:
         filled_by_preset = PRESETS[settings.preset].preferred
-        settings = apply_preset(settings, architecture_of(loop.base_model))
+        settings = apply_preset(settings, architecture_of(dequantized_base(loop.base_model)))
         filled = ", ".join(f"{name} {getattr(settings, name)}" for name in filled_by_preset)
         log(f"with preset {settings.preset}: {filled}")
     dataset_type = DATASET_TYPES[method]

@@ -270,7 +270,7 @@ def _base_folders(loop: LoopSettings, base_hash: str) -> Iterator[ModelFolder]:
             found.append(read(BaseGgufManifest, path))
         except ArtifactError as error:
             yield ModelFolder(path, True, _size(path), protected=f"not touched: {error}")
-    current = (base_hash, loop.export.quantization)
+    current = (base_hash, loop.base_quantization)
     usable = [one for one in found if (one.manifest.base_hash, one.manifest.quantization) == current]
     # Another version of the engine converts the base again; the newest conversion is the one that serves.
     serving = max(usable, key=lambda one: one.manifest.created_at).path if usable else None

@@ -223,8 +223,12 @@ def _missing(model: CandidateModel, path: Path) -> RegistryError:
 
 
 def stored_path(path: Path) -> str:
-    """Return a path as the tables store it: relative if it is under `FINETUNE_HOME`, so that the folder can move."""
-    path = path.expanduser().resolve()
+    """Return a path as the tables store it: relative if it is under `FINETUNE_HOME`, so that the folder can move.
+
+    A link stays one: the GGUF of a base model that is a GGUF itself is a link in its artifact's folder.
+    """
+    path = path.expanduser()
+    path = path.parent.resolve() / path.name
     return str(path.relative_to(home())) if path.is_relative_to(home()) else str(path)
 
 

@@ -8,12 +8,14 @@ import pytest
 from finetune_pipeline.artifacts import ArtifactError, get_latest, get_or_create, model_sha256, set_latest
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base import base_hash, resolve_base_model
+from finetune_pipeline.export.model import export
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, ReportManifest
 from finetune_pipeline.pipeline.ask import find_model, generate_answers
 from finetune_pipeline.pipeline.export import CHECK_NAMES, CHECKS, model_spec
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline_tests.adapters import write_adapter
 from finetune_pipeline_tests.orchestration.conftest import BENCHMARK, corrected, definitions, write_events
+from finetune_pipeline_tests.training.conftest import STARTER
 
 FIGURES = {
     "mode": "full", "device": "cpu", "steps": 0, "examples": 0, "too_long": 0, "loss_before": 1, "loss_after": 1,
@@ -97,3 +99,24 @@ def test_adapter_and_merged_exports_are_compared_and_promoted(make_loop, instanc
     make_adapter(pair, 0)
     third, report = judge(pair, instance, tmp_path)
     assert (third.version, third.id, report.champion_sha256) == ("v1.0.0", first.id, second.sha256)
+
+
+@pytest.mark.slow
+def test_a_gguf_serves_untouched_below_its_adapters(make_loop, instance, tmp_path):
+    given = export(STARTER, None, tmp_path / "mine", "Q8_0", lambda step: None).gguf
+    content = given.read_bytes()
+    loop = make_loop(base_model=str(given), export={"form": "adapter"})
+    write_events(loop.drop_folder / "log.jsonl", *corrected(f"person{n}" for n in range(10)))
+    run(loop, instance, "raw_logs", "curated_dataset")
+    make_adapter(loop, 0)
+    serving, report = judge(loop, instance, tmp_path)
+    made = get_latest(GgufManifest, "notes")
+    outcomes = {outcome["name"]: outcome["passed"] for outcome in json.loads((made.path / CHECKS).read_text())}
+    assert outcomes == dict.fromkeys(CHECK_NAMES, True)
+    assert serving.gguf_path.is_symlink() and serving.gguf_path.resolve() == given
+    assert report.champion_sha256 == serving.gguf_sha256  # it was compared with the given file
+    assert made.manifest.quantization == "as given" and given.read_bytes() == content
+
+    flip_last_byte(given)
+    with pytest.raises(ArtifactError, match=r"another base model|changed since: the GGUF|is damaged or was replaced"):
+        run(loop, instance, "promoted_model")
