@@ -41,7 +41,7 @@ async def form_parts(boundary: bytes, chunks: AsyncIterator[bytes]) -> AsyncIter
     Raises:
         BadRequest: the body is no form, or it breaks off.
     """
-    form = _Form(boundary)
+    form = _UploadForm(boundary)
     async for chunk in chunks:
         try:
             form.parser.write(chunk)
@@ -54,7 +54,7 @@ async def form_parts(boundary: bytes, chunks: AsyncIterator[bytes]) -> AsyncIter
         raise BadRequest("The form breaks off: its last boundary is missing.")
 
 
-class _Form:
+class _UploadForm:
     """The callbacks of a parser, which collect what one chunk of the body brought."""
 
     def __init__(self, boundary: bytes) -> None:
