@@ -10,11 +10,16 @@ from typing import Any, Protocol
 
 import yaml
 
+from finetune_pipeline.wording import first_line
+
 CODE_LOCATION = "finetune_pipeline"
 """The name in workspace.yaml."""
 
 REPOSITORY = "__repository__"
 """The name that Dagster gives to the one repository of a code location."""
+
+_UNREACHABLE = "DagsterUserCodeUnreachableError"
+"""In the messages of Dagster if its code server was killed; the webserver takes it for loaded until it is reloaded."""
 
 FINISHED = frozenset({"SUCCESS", "FAILURE", "CANCELED"})
 """Statuses in which a run stays."""
@@ -27,6 +32,17 @@ mutation ($params: ExecutionParams!) {
     ... on RunConfigValidationInvalid { errors { message } }
     ... on Error { message }
   }
+}
+"""
+
+_CHECK = """
+query ($location: String!, $job: PipelineSelector!) {
+  workspaceLocationEntryOrError(name: $location) {
+    __typename
+    ... on WorkspaceLocationEntry { locationOrLoadError { __typename ... on PythonError { message } } }
+    ... on Error { message }
+  }
+  pipelineOrError(params: $job) { __typename }
 }
 """
 
@@ -81,7 +97,7 @@ class OrchestratorError(RuntimeError):
 
 
 class OrchestratorDown(OrchestratorError):
-    """Dagster's webserver does not answer; the message says how to start it."""
+    """Dagster's webserver, or the code server behind it, does not answer; the message says how to start it."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +176,30 @@ class Orchestrator:
         self.url = url
         self._timeout = timeout_seconds
 
+    def check(self, job: str) -> None:
+        """Check that Dagster can launch runs of a job.
+
+        Raises:
+            OrchestratorError: it does not know the job.
+            OrchestratorDown: it does not answer, or it has not loaded the loops.
+        """
+        found = self._ask(_CHECK, location=CODE_LOCATION, job=_selector(job))
+        location = found["workspaceLocationEntryOrError"]
+        loaded = location.get("locationOrLoadError") or location
+        if loaded["__typename"] != "RepositoryLocation":
+            raise self._not_loaded(loaded.get("message", "it still loads them"))
+        if found["pipelineOrError"]["__typename"] != "Pipeline":
+            raise OrchestratorError(
+                f"Dagster at {self.url} has no job {job}; it was started before the loop was written, or with other "
+                "loops. Reload its code location, or end `finetune ui` and start it again"
+            )
+
+    def _not_loaded(self, reason: str) -> OrchestratorDown:
+        return OrchestratorDown(
+            f"Dagster at {self.url} answers, but its code server, which loads the loops, does not "
+            f"({first_line(reason)}). End `finetune ui` and start it again"
+        )
+
     def launch(
         self, job: str, assets: Sequence[Sequence[str]], run_config: Mapping[str, Any], tags: Mapping[str, str]
     ) -> str:
@@ -173,15 +213,10 @@ class Orchestrator:
 
         Raises:
             OrchestratorError: Dagster rejects it.
-            OrchestratorDown: Dagster does not answer.
+            OrchestratorDown: Dagster or its code server does not answer.
         """
         params = {
-            "selector": {
-                "repositoryLocationName": CODE_LOCATION,
-                "repositoryName": REPOSITORY,
-                "jobName": job,
-                "assetSelection": [{"path": list(key)} for key in assets],
-            },
+            "selector": {**_selector(job), "assetSelection": [{"path": list(key)} for key in assets]},
             "runConfigData": dict(run_config),
             "mode": "default",
             "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
@@ -189,6 +224,8 @@ class Orchestrator:
         answer = self._ask(_LAUNCH, params=params)["launchRun"]
         if answer["__typename"] != "LaunchRunSuccess":
             found = "; ".join(error["message"] for error in answer.get("errors", [])) or answer.get("message", "")
+            if _UNREACHABLE in found:
+                raise self._not_loaded(found)
             raise OrchestratorError(f"Dagster did not launch {job} ({answer['__typename']}): {found}")
         return str(answer["run"]["runId"])
 
@@ -271,6 +308,10 @@ class Orchestrator:
         if body.get("errors"):
             raise OrchestratorError("Dagster: " + "; ".join(error["message"] for error in body["errors"]))
         return dict(body["data"])
+
+
+def _selector(job: str) -> dict[str, str]:
+    return {"repositoryLocationName": CODE_LOCATION, "repositoryName": REPOSITORY, "pipelineName": job}
 
 
 def _time(seconds: float | None) -> datetime | None:

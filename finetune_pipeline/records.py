@@ -232,7 +232,9 @@ def validate_application_event(event: Interaction | Feedback) -> Interaction | F
 class Example(Record):
     """One training row: the prompt of an interaction and the target answer after all its feedback."""
 
-    INTERACTION_FIELDS: ClassVar = frozenset({"created_at", "prompt", "history", "output", "source", "provenance"})
+    INTERACTION_FIELDS: ClassVar = frozenset(
+        {"created_at", "prompt", "history", "output", "source", "provenance", "user", "domain", "kind"}
+    )
 
     interaction_id: UUID
     ingest_offset: int = Field(ge=0, description="Ingest offset of the newest event that it depends on.")
@@ -248,6 +250,9 @@ class Example(Record):
     implicit: bool = Field(default=False, description="It exists only because nobody objected to the answer in time.")
     source: str | None = Field(default=None, description="As of the interaction.")
     provenance: str | None = Field(default=None, description="As of the interaction.")
+    user: str | None = Field(default=None, description="As of the interaction.")
+    domain: str | None = Field(default=None, description="As of the interaction.")
+    kind: str | None = Field(default=None, description="As of the interaction.")
     review: ReviewKind | None = Field(default=None, description="The reviewer's decision; null without one.")
 
     @classmethod

@@ -5,13 +5,13 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, get_args
 from uuid import UUID
 
 import click
 
-from finetune_pipeline.cli.options import LISTED, json_option, loop_option, one_line, print_json
+from finetune_pipeline.cli.options import DAY, LISTED, end_of, json_option, loop_option, one_line, print_json
 from finetune_pipeline.records import FeedbackKind
 from finetune_pipeline.settings import LoopSettings
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from finetune_pipeline.feedback.store import StoredInteraction
 
 _POLL_SECONDS = 0.5
-_DAY = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"])
 
 
 def filter_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -31,8 +30,8 @@ def filter_options(command: Callable[..., None]) -> Callable[..., None]:
             "--label", type=click.Choice([*get_args(FeedbackKind), "unrated"]),
             help="Kind of a feedback on the answer; unrated: without feedback.",
         ),
-        click.option("--since", type=_DAY, help="Feedback given, or answers logged, from this day or time (UTC) on."),
-        click.option("--until", type=_DAY, help="Feedback given, or answers logged, before this time, or on this day."),
+        click.option("--since", type=DAY, help="Feedback given, or answers logged, from this day or time (UTC) on."),
+        click.option("--until", type=DAY, help="Feedback given, or answers logged, before this time, or on this day."),
         click.option("--limit", type=click.IntRange(1), default=LISTED, show_default=True, help="Maximum number."),
         json_option,
         loop_option,
@@ -157,9 +156,7 @@ def _print_found(loop: LoopSettings, filters: dict[str, Any], limit: int, as_jso
     from finetune_pipeline.feedback.search import InteractionFilter
     from finetune_pipeline.feedback.search import search as search_store
 
-    since, until = filters.pop("since"), filters.pop("until")
-    if until is not None and until == until.replace(hour=0, minute=0, second=0):
-        until += timedelta(days=1)  # a day is meant with all its hours
+    since, until = filters.pop("since"), end_of(filters.pop("until"))
     times = {"since": since and since.replace(tzinfo=UTC), "until": until and until.replace(tzinfo=UTC)}
     with connect().read() as connection:
         found = search_store(connection, loop.name, InteractionFilter(**filters, **times), limit)

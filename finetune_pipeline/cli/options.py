@@ -5,7 +5,7 @@ import json
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -52,6 +52,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 """Passed to the command as `as_json`."""
 
 
+def end_of(until: datetime | None) -> datetime | None:
+    """Return the time before which something is meant to be: a day is meant with all its hours."""
+    is_day = until is not None and until == until.replace(hour=0, minute=0, second=0)
+    return until + timedelta(days=1) if until is not None and is_day else until
+
+
 def print_json(value: object) -> None:
     """Print a value as JSON; times are in UTC, paths are absolute."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_json_value))
@@ -95,6 +101,9 @@ def bind(host: str, port: int, options: str) -> socket.socket:
 
 UNLIMITED = 10_000
 """Columns of a table whose cells are copied into other commands, so that none is cut or wrapped."""
+
+DAY = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"])
+"""A day or a time, in UTC."""
 
 LISTED = 10
 """Lines of a kind that a command lists; it counts the others."""

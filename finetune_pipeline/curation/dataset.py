@@ -28,6 +28,7 @@ from finetune_pipeline.curation.dataset_files import (
     DatasetExample,
     DatasetSummary,
     DatasetWriter,
+    author_hash,
     turns_of,
 )
 from finetune_pipeline.curation.export_formats import alpaca
@@ -192,6 +193,8 @@ class _Rows:
             }
             columns |= {"provenance": rows["provenance"], "interaction_id": rows["interaction_id"]}
             columns |= {"content_hash": self._filtered.texts("content_hash", indices)}
+            columns |= {"author": _authors(rows["user"])}
+            columns |= {name: rows[name] for name in ("domain", "kind", "created_at")}
         elif dataset_type == PREFERENCE:
             columns |= {"chosen": rows["target"], "rejected": rows["output"], "interaction_id": rows["interaction_id"]}
         else:
@@ -218,6 +221,15 @@ class _Rows:
         replaced = pa.Table.from_pylist(clean, schema()).select(list(columns))
         order = np.where(affected, len(table) + np.cumsum(affected) - 1, np.arange(len(table)))
         return pa.concat_tables([table, replaced.cast(table.schema)]).take(pa.array(order))
+
+
+def _authors(users: "pa.ChunkedArray") -> "pa.Array":
+    """Return the hashes that stand for users."""
+    import pyarrow as pa
+
+    names = users.combine_chunks().dictionary_encode()
+    hashes = [name and author_hash(name) for name in names.dictionary.to_pylist()]
+    return pa.array(hashes, pa.string()).take(names.indices)
 
 
 # --- Replay -----------------------------------------------------------------------------------------------------------

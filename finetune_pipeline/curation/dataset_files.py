@@ -14,13 +14,14 @@ curate 10,000 examples.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from finetune_pipeline.artifacts import hash_file, write_text
 from finetune_pipeline.curation.errors import CurationError
-from finetune_pipeline.records import Turn, conversation_text
+from finetune_pipeline.records import Turn, conversation_text, text_hash
 
 PROMPT_COMPLETION, PREFERENCE, UNPAIRED_PREFERENCE = "prompt_completion", "preference", "unpaired_preference"
 SPLITS = ("train", "validation")
@@ -30,6 +31,7 @@ COLUMNS = {
     PROMPT_COMPLETION: {
         "prompt": "string", "history": "turns", "completion": "string", "reward": "float64", "source": "string",
         "provenance": "string", "interaction_id": "string", "content_hash": "string",
+        "author": "string", "domain": "string", "kind": "string", "created_at": "time",
     },
     PREFERENCE: {
         "prompt": "string", "history": "turns", "chosen": "string", "rejected": "string", "interaction_id": "string",
@@ -55,6 +57,8 @@ class DatasetExample:
         provenance: where in the source: a path and line, a key.
         history: the turns before the prompt.
         content_hash: the hash by which the store recognizes the example again after it was judged.
+        author: `author_hash` of who wrote the prompt.
+        domain, kind, created_at: of the interaction.
     """
 
     prompt: str
@@ -65,6 +69,10 @@ class DatasetExample:
     interaction_id: str | None = None
     history: tuple[Turn, ...] = ()
     content_hash: str | None = None
+    author: str | None = None
+    domain: str | None = None
+    kind: str | None = None
+    created_at: datetime | None = None
 
     @property
     def conversation(self) -> str:
@@ -110,14 +118,15 @@ class DatasetWriter:
 
         Args:
             folder: the dataset's folder; must not exist yet.
-            columns: column -> string, float64, bool, or turns (a conversation).
+            columns: column -> string, float64, bool, time, or turns (a conversation).
         """
         import pyarrow as pa
 
-        turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
-        self.schema = pa.schema(
-            {name: turns if kind == "turns" else pa.type_for_alias(kind) for name, kind in columns.items()}
-        )
+        own = {
+            "turns": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+            "time": pa.timestamp("us", tz="UTC"),
+        }
+        self.schema = pa.schema({name: own.get(kind) or pa.type_for_alias(kind) for name, kind in columns.items()})
         self._folder = folder
         for split in SPLITS:
             (folder / split).mkdir(parents=True)
@@ -211,6 +220,29 @@ def read_examples(dataset: Path, split: str) -> Iterator[DatasetExample]:
     """Yield the examples of prompt_completion/, one record batch in memory at a time."""
     for row in read_split(dataset, PROMPT_COMPLETION, split):
         yield DatasetExample(**{**row, "history": turns_of(row)})
+
+
+def check_columns(dataset: Path) -> None:
+    """Check that prompt_completion/ has the columns that describe interactions.
+
+    Raises:
+        CurationError: an earlier version of the project wrote the dataset.
+    """
+    import pyarrow as pa
+
+    path = type_folder(dataset, PROMPT_COMPLETION) / "train" / _DATA_FILE
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
+        missing = [name for name in ("author", "domain", "kind", "created_at") if name not in batches.schema.names]
+    if missing:
+        raise CurationError(
+            f"The dataset {dataset.name} has no columns {', '.join(missing)}: an earlier version of this project wrote "
+            "it. `finetune run` builds the dataset again"
+        )
+
+
+def author_hash(user: str) -> str:
+    """Return what stands for a user in a dataset, which has no names: the first 16 digits of the name's SHA-256."""
+    return text_hash(user)[:16]
 
 
 def read_all(dataset: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Export formats: a dataset's examples as other tools read them. `sources` reads each back as the same example."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,15 @@ from finetune_pipeline.records import chat_messages
 if TYPE_CHECKING:
     from finetune_pipeline.curation.dataset_files import DatasetExample
 
+_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 
 Writer = Callable[["DatasetExample", str], dict[str, Any]]
 """Returns the row of an example under a loop's system prompt."""
+
+
+class UnwritableExampleError(ValueError):
+    """A format cannot hold an example."""
 
 
 def alpaca(example: "DatasetExample", system_prompt: str) -> dict[str, Any]:
@@ -28,6 +34,19 @@ def messages(example: "DatasetExample", system_prompt: str) -> dict[str, Any]:
     """Return `messages` as in OpenAI's API and in chat templates, the completion last."""
     turns = chat_messages(system_prompt, example.prompt, example.history)
     return {"messages": [*turns, {"role": "assistant", "content": example.completion}], "reward": example.reward}
+
+
+def chatml(example: "DatasetExample", system_prompt: str) -> dict[str, Any]:
+    """Return `text`: the messages with ChatML's control tokens.
+
+    Raises:
+        UnwritableExampleError: a message contains such a token, so that its text would end or begin a turn.
+    """
+    turns = messages(example, system_prompt)["messages"]
+    if any(token in turn["content"] for turn in turns for token in _CHATML_TOKENS):
+        raise UnwritableExampleError
+    text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+    return {"text": text, "reward": example.reward}
 
 
 def sharegpt(example: "DatasetExample", system_prompt: str) -> dict[str, Any]:
@@ -44,7 +63,8 @@ def prompt_completion(example: "DatasetExample", system_prompt: str) -> dict[str
 
 
 WRITERS: dict[str, Writer] = {
-    "alpaca": alpaca, "messages": messages, "sharegpt": sharegpt, "prompt_completion": prompt_completion
+    "alpaca": alpaca, "chatml": chatml, "messages": messages, "sharegpt": sharegpt,
+    "prompt_completion": prompt_completion,
 }  # fmt: skip
 """Format -> its writer."""
 
@@ -67,10 +87,16 @@ def export_examples(
     array, written = path.suffix == ".json", 0
     with new_file(path, force=force) as file:
         file.write("[\n" if array else "")
-        for example in examples:
+        for row in export_rows(examples, format, system_prompt):
             file.write(",\n" if array and written else "")
-            row = WRITERS[format](example, system_prompt)
-            file.write(json.dumps(row, ensure_ascii=False) + ("" if array else "\n"))
+            file.write(row + ("" if array else "\n"))
             written += 1
         file.write("\n]\n" if array else "")
     return written
+
+
+def export_rows(examples: Iterable["DatasetExample"], format: str, system_prompt: str) -> Iterator[str]:
+    """Yield the rows of examples in a format as JSON; an example that the format cannot hold is left out."""
+    for example in examples:
+        with suppress(UnwritableExampleError):
+            yield json.dumps(WRITERS[format](example, system_prompt), ensure_ascii=False)

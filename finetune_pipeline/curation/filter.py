@@ -47,7 +47,7 @@ from finetune_pipeline.subprocess_lifetime import die_with_parent
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CODE_VERSION = 21
+CODE_VERSION = 22
 """Part of the version of every dataset and of every cache key. Raise it when the same row may be filtered, redacted or
 selected differently than before, so that cached results and datasets of the old code are not used."""
 

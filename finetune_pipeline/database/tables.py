@@ -511,6 +511,11 @@ training_jobs = sa.Table(
     sa.Column("suffix", sa.String(64)),
     sa.Column("metadata", sa.JSON, nullable=False, comment="The client's own facts."),
     sa.Column(
+        "request",
+        sa.JSON(none_as_null=True),
+        comment="The client's request, which answers repeat; null if there was none.",
+    ),
+    sa.Column(
         "status", sa.String(20), nullable=False, comment="pending, running, paused, completed, failed or canceled."
     ),
     sa.Column("wanted", sa.String(20), comment="pause or cancel: asked for, while its run still ends; else null."),

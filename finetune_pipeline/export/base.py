@@ -34,13 +34,7 @@ def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_F
         return folder
     if is_gguf(folder):
         return dequantized(folder)
-    if folder.is_file():
-        raise ExportError(f"base_model: {folder} is not a GGUF; name a GGUF, a folder or a Hugging Face id")
-    # "owner/model" and the old one-word ids ("gpt2") are Hugging Face ids, unless "owner" is a folder here.
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
-    if is_path or name.endswith(".gguf"):
-        what = "file" if name.endswith(".gguf") else "folder"
-        raise ExportError(f"base_model: the {what} {folder} does not exist; correct it")
+    _check_is_id(name, folder)
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -54,6 +48,31 @@ def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_F
             f"be downloaded from Hugging Face ({reason}). Connect to the network once and "
             "run again, log in with `hf auth login` if the model is gated, or set base_model to a folder"
         ) from error
+
+
+def _check_is_id(name: str, folder: Path) -> None:
+    if folder.is_file():
+        raise ExportError(f"base_model: {folder} is not a GGUF; name a GGUF, a folder or a Hugging Face id")
+    # "owner/model" and the old one-word ids ("gpt2") are Hugging Face ids, unless "owner" is a folder here.
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and folder.parent.is_dir())
+    if is_path or name.endswith(".gguf"):
+        what = "file" if name.endswith(".gguf") else "folder"
+        raise ExportError(f"base_model: the {what} {folder} does not exist; correct it")
+
+
+def check_base_model(name: str) -> None:
+    """Check the name of a base model, as far as that is possible without downloading or dequantizing anything.
+
+    Raises:
+        ExportError: it is neither the folder or GGUF of a model nor the form of a Hugging Face id.
+    """
+    folder = project_path(name)
+    if is_gguf(folder):
+        return
+    if not folder.is_dir():
+        _check_is_id(name, folder)
+    elif not (folder / "config.json").is_file():
+        raise ExportError(f"base_model: the folder {folder} has no config.json, so it is no base model; correct it")
 
 
 def dequantized_base(name: str) -> str:

@@ -10,12 +10,15 @@ and the dataset has the blocking checks of curated_dataset. One line is in memor
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune_pipeline.artifacts import Artifact, get_latest, get_or_create, hash_file, set_latest, version_of
+from finetune_pipeline.curation.acceptance import Policy, accept
+from finetune_pipeline.curation.redaction import redact_example
 from finetune_pipeline.database import Database
 from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.pipeline import loop_files
@@ -133,8 +136,28 @@ def _examples(
     loop: LoopSettings, path: Path, method: Method, left_out: Counter[str], *, held_out: bool
 ) -> Iterator[Example]:
     """Yield the examples of a file; at its end, or after SHOWN_LINES unusable lines, raise if a line was unusable."""
-    problem, sha256 = loop_files.policy(loop).problem, hash_file(path)
     unusable: list[str] = []
+    for number, found in _read_lines(loop, path, method):
+        if isinstance(found, ExcludedRowError):
+            count_reason(left_out, str(found))
+        elif isinstance(found, ValueError):
+            unusable.append(f"line {number}: {found}")
+            if len(unusable) == SHOWN_LINES:
+                break
+        elif not unusable:
+            yield found
+    if unusable:
+        more = " (lines after these were not read)" if len(unusable) == SHOWN_LINES else ""
+        raise UploadError(
+            f"{counted(len(unusable), 'line')} cannot be used{more}: {'; '.join(unusable)}", validation=held_out
+        )
+
+
+def _read_lines(
+    loop: LoopSettings, path: Path, method: Method
+) -> Iterator[tuple[int, Example | ExcludedRowError | ValueError]]:
+    """Yield the number of each line with its example, or why it is left out or cannot be used."""
+    problem, sha256 = loop_files.policy(loop).problem, hash_file(path)
     for number, row, reason, _ in read_rows(path, loop.ingest.max_line_bytes):
         try:
             if reason:
@@ -146,20 +169,80 @@ def _examples(
             if wrong is not None:
                 name = "messages" if method == "supervised" else "preferred_output"
                 raise ValueError(f"{name}: the answer does not pass the output schema of loop {loop.name}: {wrong}")
-        except ExcludedRowError as error:
-            count_reason(left_out, str(error))
-        except ValueError as error:
-            unusable.append(f"line {number}: {error}")
-            if len(unusable) == SHOWN_LINES:
-                break
+        except ValueError as error:  # also an ExcludedRowError
+            yield number, error
         else:
-            if not unusable:
-                yield example
-    if unusable:
-        more = " (lines after these were not read)" if len(unusable) == SHOWN_LINES else ""
-        raise UploadError(
-            f"{counted(len(unusable), 'line')} cannot be used{more}: {'; '.join(unusable)}", validation=held_out
-        )
+            yield number, example
+
+
+@dataclass(frozen=True)
+class PreviewedLine:
+    """A line of a file as the loop's dataset would have it: redacted, and without the loop's own system prompt.
+
+    Attributes:
+        rejected: the answer not to prefer; None unless the method is dpo.
+        left_out: why the dataset would not have it; empty if it would, unless it is a duplicate.
+    """
+
+    line: int
+    prompt: str
+    completion: str
+    rejected: str | None
+    history: tuple[dict[str, str], ...]
+    left_out: str
+
+
+@dataclass(frozen=True)
+class FilePreview:
+    """What a file would give.
+
+    Attributes:
+        examples: lines that can be used.
+        left_out: reason -> lines that may not be trained on.
+        unusable: lines that cannot be used; the file becomes no dataset while there are any.
+        errors: the first ones: line, and what is wrong, beginning with the field.
+        rows: the first lines that can be used.
+    """
+
+    examples: int
+    left_out: dict[str, int]
+    unusable: int
+    errors: tuple[tuple[int, str], ...]
+    rows: tuple[PreviewedLine, ...]
+
+
+def preview_file(loop: LoopSettings, path: Path, method: Method, rows: int) -> FilePreview:
+    """Read a file to its end, and return its first rows with the counts of all lines; nothing is recorded.
+
+    Args:
+        rows: number of lines to show, and of errors.
+    """
+    policy = loop_files.policy(loop)
+    left_out, unusable, examples = Counter[str](), 0, 0
+    errors: list[tuple[int, str]] = []
+    shown: list[PreviewedLine] = []
+    for number, found in _read_lines(loop, path, method):
+        if isinstance(found, ExcludedRowError):
+            count_reason(left_out, str(found))
+        elif isinstance(found, ValueError):
+            unusable += 1
+            if len(errors) < rows:
+                errors.append((number, str(found)))
+        else:
+            examples += 1
+            if len(shown) < rows:
+                shown.append(_previewed(number, found, policy))
+    return FilePreview(examples, dict(left_out), unusable, tuple(errors), tuple(shown))
+
+
+def _previewed(number: int, example: Example, policy: Policy) -> PreviewedLine:
+    example, _ = redact_example(example, policy.settings.redaction)
+    decision = accept(example, policy)
+    return PreviewedLine(
+        number, example.prompt, example.target, example.output if example.corrected else None,
+        tuple({"role": turn.role, "content": turn.content} for turn in example.history),
+        "" if decision.accepted else decision.reason,
+    )  # fmt: skip
 
 
 def _example(loop: LoopSettings, row: Any, method: Method, provenance: str, id: uuid.UUID, number: int) -> Example:

@@ -9,13 +9,16 @@ again, and a run that is one too many does not begin (`add_run`).
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from finetune_pipeline.artifacts import hash_of, stage_folder
+from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.database import Database
+from finetune_pipeline.export.base import check_base_model
+from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.manifests import (
     AdapterManifest,
     DatasetManifest,
@@ -25,6 +28,7 @@ from finetune_pipeline.manifests import (
     ReportManifest,
 )
 from finetune_pipeline.orchestrator import DagsterRun, Orchestrator, OrchestratorDown, OrchestratorError, RunReader
+from finetune_pipeline.pipeline.dataset_export import find_dataset
 from finetune_pipeline.registry.training_jobs import (
     IN_PROGRESS,
     UNFINISHED,
@@ -41,12 +45,13 @@ from finetune_pipeline.registry.training_jobs import (
     events_of,
     find_job,
     find_job_of_run,
+    list_jobs,
     new_job_id,
     runs_of,
     update_job,
 )
 from finetune_pipeline.settings import LoopSettings
-from finetune_pipeline.validation_messages import error_messages
+from finetune_pipeline.validation_messages import error_messages, first_field
 
 JOB_TAG, LOOP_TAG, PROCESS_TAG = "finetune/job", "finetune/loop", "finetune/process"
 """Tags of a run: the id of its job, its loop, and its process (see `this_process`)."""
@@ -63,7 +68,15 @@ LOST = timedelta(hours=1)
 
 
 class InvalidJobSettings(JobError):
-    """Settings of a job are unknown or out of range; the message names each."""
+    """Settings of a job are unknown or out of range; the message names each.
+
+    Attributes:
+        field: the first one, such as training.lora_r.
+    """
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 def loop_of_job(loop: LoopSettings, settings: Mapping[str, Any]) -> LoopSettings:
@@ -79,7 +92,8 @@ def loop_of_job(loop: LoopSettings, settings: Mapping[str, Any]) -> LoopSettings
     unknown = sorted(settings.keys() - {"training", "base_model"})
     if unknown:
         raise InvalidJobSettings(
-            f"{', '.join(unknown)}: a job can only have settings of training, and a base_model; change the loop's YAML"
+            f"{', '.join(unknown)}: a job can only have settings of training, and a base_model; change the loop's YAML",
+            unknown[0],
         )
     if "base_model" in settings:
         given["base_model"] = settings["base_model"]
@@ -87,7 +101,7 @@ def loop_of_job(loop: LoopSettings, settings: Mapping[str, Any]) -> LoopSettings
     try:
         return LoopSettings.model_validate(given)
     except ValidationError as error:
-        raise InvalidJobSettings("; ".join(error_messages(error))) from error
+        raise InvalidJobSettings("; ".join(error_messages(error)), first_field(error)) from error
 
 
 def create(
@@ -101,6 +115,7 @@ def create(
     dataset: str | None = None,
     suffix: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    request: Mapping[str, Any] | None = None,
     idempotency_key: str | None = None,
 ) -> TrainingJob:
     """Create a training job and launch its run: it trains, exports and evaluates, and never promotes.
@@ -108,19 +123,27 @@ def create(
     Args:
         settings: see `loop_of_job`.
         dataset: version of an existing dataset of the loop; None builds one from the logs first.
+        request: what the client sent, which the job keeps for its answers.
         idempotency_key: a second call with the same key and arguments returns the same job.
 
     Raises:
         InvalidJobSettings: a setting is unknown or out of range.
-        JobError: the loop has no such dataset, the key was used for another request, or another job is in progress.
-        OrchestratorDown: Dagster does not answer; no job was created.
+        UnknownDatasetError: the loop has no such dataset.
+        JobError: the key was used for another request, or another job is in progress.
+        OrchestratorDown: Dagster or its code server does not answer; no job was created.
         OrchestratorError: Dagster rejects the run; the job has failed.
     """
     loop_of_job(loop, settings)
-    if dataset is not None and not (stage_folder(loop.name, DatasetManifest.stage) / dataset).is_dir():
-        raise JobError(f"loop {loop.name} has no dataset {dataset!r}; `finetune dataset list` shows them")
-    orchestrator.runs({JOB_TAG: "none"})  # answers before a row exists
-    asked = {"settings": dict(settings), "dataset": dataset, "suffix": suffix, "metadata": dict(metadata or {})}
+    if "base_model" in settings:
+        try:
+            check_base_model(settings["base_model"])
+        except ExportError as error:
+            raise InvalidJobSettings(str(error), "base_model") from error
+    if dataset is not None:
+        find_dataset(loop, dataset)
+    orchestrator.check(loop.job_name)  # before a row exists
+    asked = {"settings": dict(settings), "dataset": dataset, "suffix": suffix, "metadata": dict(metadata or {}),
+             "request": None if request is None else dict(request)}  # fmt: skip
     job = TrainingJob(
         id=new_job_id(),
         loop=loop.name,
@@ -139,12 +162,18 @@ def create(
             raise
         known = create_job(db, job)
     if known.id == job.id:
-        _launch(db, orchestrator, loop, job)
+        with suppress(OrchestratorDown):  # it waits
+            _launch(db, orchestrator, loop, job)
     return find_job(db, known.id)
 
 
 def _launch(db: Database, orchestrator: Orchestrator, loop: LoopSettings, job: TrainingJob) -> None:
-    """Launch the run that a job waits for, unless Dagster has it."""
+    """Launch the run that a job waits for, unless Dagster has it.
+
+    Raises:
+        OrchestratorDown: Dagster or its code server does not answer; the job still waits, and `sync` launches it later.
+        OrchestratorError: Dagster rejects the run; the job has failed.
+    """
     known = runs_of(db, job.id)
     if any(add_run(db, job.id, run.id) for run in _runs(orchestrator, job, known) if run.id not in known):
         return
@@ -164,8 +193,9 @@ def _launch(db: Database, orchestrator: Orchestrator, loop: LoopSettings, job: T
     tags = {JOB_TAG: job.id, LOOP_TAG: loop.name}
     try:
         run_id = orchestrator.launch(loop.job_name, [[*loop.prefix, stage] for stage in stages], config, tags)
-    except OrchestratorDown:
-        return  # it may have been launched; `sync` finds out
+    except OrchestratorDown as error:  # it may have been launched; `sync` finds out
+        add_event(db, job.id, f"waits for Dagster: {error}", level="warn")
+        raise
     except OrchestratorError as error:
         _end(db, job.id, "failed", str(error))
         raise
@@ -258,7 +288,7 @@ def sync(db: Database, orchestrator: Orchestrator, loop: LoopSettings | None, jo
         loop: of the job; None if it no longer exists.
 
     Raises:
-        OrchestratorDown: Dagster does not answer; the row has what the run itself wrote last.
+        OrchestratorDown: Dagster or its code server does not answer; the row has what the run itself wrote last.
     """
     job = refresh(db, orchestrator, job)
     if job.status not in IN_PROGRESS:
@@ -274,10 +304,22 @@ def sync(db: Database, orchestrator: Orchestrator, loop: LoopSettings | None, jo
             _end_as_wanted(db, job)
     elif job.wanted == "launch" and loop is None:
         _end(db, job.id, "failed", f"there is no loop {job.loop} any more")
-    elif job.wanted == "launch" and claim_launch(db, job.id, LAUNCH_AGAIN):
-        assert loop is not None
-        _launch(db, orchestrator, loop, job)
+    elif job.wanted == "launch" and loop is not None:
+        orchestrator.check(loop.job_name)
+        if claim_launch(db, job.id, LAUNCH_AGAIN):
+            _launch(db, orchestrator, loop, job)
     return find_job(db, job.id)
+
+
+def sync_all(db: Database, orchestrator: Orchestrator, loops: Mapping[str, LoopSettings]) -> None:
+    """Bring the jobs that clients created up to date, and finish what a killed server left half done.
+
+    Others are of whoever started their runs, which may be in another Dagster.
+    """
+    for job in list_jobs(db, statuses=IN_PROGRESS):
+        if job.origin in ("api", "openai") and job.loop in loops:
+            with suppress(OrchestratorError):  # whoever reads the job is told
+                sync(db, orchestrator, loops[job.loop], job)
 
 
 def cancel(db: Database, orchestrator: Orchestrator, loop: LoopSettings | None, id: str) -> TrainingJob:
@@ -333,10 +375,10 @@ def resume(db: Database, orchestrator: Orchestrator, loop: LoopSettings, id: str
 
     Raises:
         JobError: it is not paused, or another job of the loop is in progress.
-        OrchestratorDown: Dagster does not answer; the job stays paused.
+        OrchestratorDown: Dagster or its code server does not answer; the job stays paused.
     """
     job = _job_of(db, loop, id)
-    orchestrator.runs({JOB_TAG: job.id})  # answers before the row changes
+    orchestrator.check(loop.job_name)  # before the row changes
     changes = {"status": "pending", "wanted": "launch"}
     try:
         resumed = update_job(db, id, changes, if_status=("paused",), event="resumed")
@@ -346,7 +388,8 @@ def resume(db: Database, orchestrator: Orchestrator, loop: LoopSettings, id: str
         resumed = update_job(db, id, changes, if_status=("paused",), event="resumed")
     if not resumed:
         raise JobError(f"the job {id} is {find_job(db, id).status}; only a paused job can be resumed")
-    _launch(db, orchestrator, loop, job)
+    with suppress(OrchestratorDown):  # it waits
+        _launch(db, orchestrator, loop, job)
     return find_job(db, id)
 
 
@@ -366,7 +409,7 @@ def describe_job(db: Database, job: TrainingJob) -> dict[str, Any]:
     steps = job.progress.get("steps")
     percent = round(100 * job.progress["step"] / steps, 1) if steps else None
     left = job.progress.get("seconds_left") if job.status == "running" and job.adapter is None else None
-    shown = job.model_dump(exclude={"request_sha256"})
+    shown = job.model_dump(exclude={"request", "request_sha256"})
     return {**shown, "percent": percent, "seconds_left": left, "runs": runs_of(db, job.id)}
 
 
@@ -401,7 +444,7 @@ def job_of_run(db: Database, loop: str, run_id: str, tags: Mapping[str, str]) ->
                 now = find_job(db, job.id)
                 asked = f", and {now.wanted} was requested" if now.wanted else ""
                 raise JobError(f"the job {job.id} waits for no run: it is {now.status}{asked}")
-            again = job.model_dump(include={"settings", "dataset", "suffix", "metadata"})
+            again = job.model_dump(include={"settings", "dataset", "suffix", "metadata", "request"})
     job = TrainingJob(
         id=job_id_of(run_id), loop=loop, origin="ui", created_by=tags.get("user", "dagster"),
         created_at=datetime.now(UTC), **again,

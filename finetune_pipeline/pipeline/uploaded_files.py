@@ -72,6 +72,11 @@ class NewFile:
         self._hash.update(data)
         self._content.write(data)
 
+    def flushed(self) -> Path:
+        """Return the path at which what was written can be read, until the file is published or discarded."""
+        self._content.flush()
+        return self._folder / _CONTENT
+
     def publish(self, filename: str, uploaded_by: str) -> UploadedFile:
         """Make the file appear under a new id."""
         self._content.close()

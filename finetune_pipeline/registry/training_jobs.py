@@ -60,6 +60,7 @@ class TrainingJob(Record):
     dataset: str | None = Field(default=None, description="Version of the dataset; None until it is built.")
     suffix: str | None = None
     metadata: dict[str, str] = Field(default={}, description="The client's own facts.")
+    request: dict[str, Any] | None = Field(default=None, description="The client's request, which answers repeat.")
     status: Status = "pending"
     wanted: Literal["launch", "pause", "cancel"] | None = Field(
         default=None, description="What was asked for and is not done yet: a run, or the end of its run."

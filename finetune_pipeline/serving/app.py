@@ -25,7 +25,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune_pipeline.database import DatabaseError
-from finetune_pipeline.serving import admin, completions, feedback, openai_fine_tuning, responses_api
+from finetune_pipeline.serving import (
+    admin,
+    completions,
+    feedback,
+    fine_tuning_datasets,
+    fine_tuning_jobs,
+    openai_fine_tuning,
+    responses_api,
+)
 from finetune_pipeline.serving.api import (
     AdminRequest,
     ChatRequest,
@@ -38,7 +46,13 @@ from finetune_pipeline.serving.connections import ConnectionLimits, LimitedProto
 from finetune_pipeline.serving.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, Unavailable
 from finetune_pipeline.serving.fine_tuning_schema import FineTuningJobRequest
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.serving.http import ClientDisconnected, RequestGuard, error_response, get_gateway
+from finetune_pipeline.serving.http import (
+    DATASET_UPLOAD_PATH,
+    ClientDisconnected,
+    RequestGuard,
+    error_response,
+    get_gateway,
+)
 from finetune_pipeline.serving.responses_schema import ResponsesRequest
 from finetune_pipeline.validation_messages import field_path, messages_of
 
@@ -49,12 +63,28 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/feedback": FeedbackIn,
     "/v1/interactions": InteractionIn,
     openai_fine_tuning.JOBS_PATH: FineTuningJobRequest,
+    fine_tuning_jobs.JOBS_PATH: fine_tuning_jobs.JobRequest,
+    fine_tuning_datasets.EXPORT_PATH: fine_tuning_datasets.ExportRequest,
     "/admin/reload-model": AdminRequest,
     "/admin/rollback": AdminRequest,
 }
 """The body of each POST. The routes parse it themselves, strictly, so FastAPI does not know it for OpenAPI."""
 
-ROUTERS = (completions.router, responses_api.router, feedback.router, openai_fine_tuning.router, admin.router)
+FORMS = {
+    openai_fine_tuning.UPLOAD_PATH: openai_fine_tuning.UPLOAD_BODY,
+    DATASET_UPLOAD_PATH: fine_tuning_datasets.UPLOAD_BODY,
+}
+"""The form of each POST that takes a file."""
+
+ROUTERS = (
+    completions.router,
+    responses_api.router,
+    feedback.router,
+    openai_fine_tuning.router,
+    fine_tuning_datasets.router,
+    fine_tuning_jobs.router,
+    admin.router,
+)
 
 SWITCH_SECONDS = 0.001
 """Python's thread switch interval (default 0.005); shorter, so that the recorder's thread does not delay answers."""
@@ -213,9 +243,14 @@ async def _error(request: Request, error: Exception) -> Response:
     match error:
         case GatewayError():
             found = error
-        case RequestValidationError():  # of path or query; bodies are validated by the routes
-            errors = [{**one, "loc": one["loc"][1:]} for one in error.errors()]  # "path" or "query" comes first
-            found = BadRequest("; ".join(messages_of(errors)), param=field_path(errors[0]))
+        case RequestValidationError():  # of path, query or header; bodies are validated by the routes
+            where, *_ = error.errors()[0]["loc"]
+            errors = [{**one, "loc": one["loc"][1:]} for one in error.errors()]
+            message, param = "; ".join(messages_of(errors)), field_path(errors[0])
+            if where == "header":  # their names are no identifiers
+                param = str(errors[0]["loc"][0])
+                message = f"{param}: {message}"
+            found = BadRequest(message, param=param)
         case ClientDisconnected() | ClientDisconnect():
             return Response(status_code=499)  # nginx's status for this; nobody reads it
         case HTTPException(status_code=405):
@@ -255,8 +290,9 @@ def _openapi(app: FastAPI, generate: Callable[[], dict[str, Any]]) -> dict[str, 
         schema = {"$ref": REFERENCE.format(model=model.__name__)}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         document["paths"][path]["post"]["requestBody"] = body
-    form = {"multipart/form-data": {"schema": openai_fine_tuning.UPLOAD_BODY}}
-    document["paths"][openai_fine_tuning.UPLOAD_PATH]["post"]["requestBody"] = {"required": True, "content": form}
+    for path, form in FORMS.items():
+        content = {"multipart/form-data": {"schema": form}}
+        document["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
     for methods in document["paths"].values():
         for operation in methods.values():
             operation["responses"].pop("422", None)

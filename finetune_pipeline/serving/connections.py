@@ -101,7 +101,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Forward a part of the body."""
         self._unparsed = 0
-        if self.scope["path"].removeprefix("/v1") == "/files":
+        if self.scope["path"].removeprefix("/v1") in {"/files", "/fine-tuning/datasets/upload"}:
             self.since = self.loop.time()  # an upload may take longer, as long as something arrives
         super().on_body(body)
 

@@ -10,15 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from finetune_pipeline.records import Text
 from finetune_pipeline.serving.api import Whole
+from finetune_pipeline.serving.routing import SUFFIX
 
 Auto = Literal["auto"]
 
 
-class _Request(BaseModel):
+class StrictRequest(BaseModel):
+    """Base class of requests: without unknown fields, and without conversions."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Hyperparameters(_Request):
+class Hyperparameters(StrictRequest):
     """Settings of the training; auto leaves the loop's own."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=50), Whole] = Field(
@@ -38,26 +41,26 @@ class DpoHyperparameters(Hyperparameters):
     beta: Auto | Annotated[float, Field(gt=0, le=2)] = Field(default="auto", description="training.beta.")
 
 
-class Supervised(_Request):
+class Supervised(StrictRequest):
     """Configuration of the supervised method."""
 
     hyperparameters: Hyperparameters | None = None
 
 
-class Dpo(_Request):
+class Dpo(StrictRequest):
     """Configuration of DPO."""
 
     hyperparameters: DpoHyperparameters | None = None
 
 
-class SupervisedMethod(_Request):
+class SupervisedMethod(StrictRequest):
     """Supervised fine-tuning."""
 
     type: Literal["supervised"]
     supervised: Supervised | None = None
 
 
-class DpoMethod(_Request):
+class DpoMethod(StrictRequest):
     """Direct preference optimization."""
 
     type: Literal["dpo"]
@@ -67,10 +70,11 @@ class DpoMethod(_Request):
 Metadata = Annotated[
     dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], Field(max_length=16)
 ]
+Suffix = Annotated[str, Field(pattern=f"^{SUFFIX}$")]
 FileId = Annotated[Text, Field(min_length=1, max_length=200)]
 
 
-class FineTuningJobRequest(_Request):
+class FineTuningJobRequest(StrictRequest):
     """A request for a fine-tuning job, as OpenAI's clients send it."""
 
     model: Annotated[Text, Field(min_length=1, max_length=500)] = Field(
@@ -85,9 +89,7 @@ class FineTuningJobRequest(_Request):
         default=None, description="Older form of method.supervised.hyperparameters; not together with method."
     )
     seed: Annotated[int, Field(ge=0, lt=2**32), Whole] | None = None
-    suffix: Annotated[Text, Field(min_length=1, max_length=64)] | None = Field(
-        default=None, description="A label; the model's name is the loop with the model's hash."
-    )
+    suffix: Suffix | None = Field(default=None, description="Ends the model's name, which is loop@HASH:SUFFIX.")
     metadata: Metadata | None = None
     integrations: Annotated[list[Any], Field(max_length=0)] | None = Field(
         default=None, description="None are supported; see the loop's training.report_to."

@@ -12,6 +12,8 @@ from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.store import find_interaction
 from finetune_pipeline.feedback.write_ahead_log import Outcome, Recorder, recover_orphans
+from finetune_pipeline.orchestrator import Orchestrator, dagster_url
+from finetune_pipeline.pipeline.jobs import sync_all
 from finetune_pipeline.pipeline.loop_files import constraint
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.registry.champion import champion_ids
@@ -21,11 +23,14 @@ from finetune_pipeline.serving.errors import BadRequest, NotFound, Unavailable
 from finetune_pipeline.serving.loop_server import LoopServer
 from finetune_pipeline.serving.metrics import Metrics
 from finetune_pipeline.serving.routing import loops_by_name
-from finetune_pipeline.settings import LoopSettings, load_loop, survives_power_cut
+from finetune_pipeline.settings import LoopSettings, home, load_loop, survives_power_cut
 from finetune_pipeline.wording import counted
 
 REFRESH_SECONDS = 0.5
 """Interval at which the registry and the API keys are read."""
+
+SYNC_SECONDS = 5.0
+"""Interval at which the training jobs in progress are compared with their runs."""
 
 IGNORED_NAMES = 1_000
 """Most names of unknown fields that are logged; clients can send any number of them."""
@@ -98,6 +103,9 @@ class Gateway:
                 deploy = partial(deploy_due, loop, self.database)
                 self._refreshing.append(asyncio.create_task(_repeat(deploy, DEPLOY_SECONDS)))
 
+        sync = partial(asyncio.to_thread, self._sync_jobs)
+        self._refreshing.append(asyncio.create_task(_repeat(sync, SYNC_SECONDS)))
+
     async def stop(self) -> None:
         """Close all models and write the remaining events to the store."""
         for task in self._refreshing:
@@ -160,6 +168,13 @@ class Gateway:
         """Read the registry's champion of a loop and change to it."""
         pointers = await asyncio.to_thread(champion_ids, self.database)
         await self.servers[name].follow(pointers.get(name))
+
+    def orchestrator(self) -> Orchestrator:
+        """Return the client of the Dagster that runs the training jobs; `finetune ui` may have moved it meanwhile."""
+        return Orchestrator(dagster_url(home()))
+
+    def _sync_jobs(self) -> None:
+        sync_all(self.database, self.orchestrator(), self.loops)
 
     def _reward_of(self, loop: str) -> RewardFunction:
         if loop not in self._rewards:  # of another gateway's write-ahead log

@@ -36,7 +36,9 @@ from finetune_pipeline.validation_messages import error_message, first_field
 MAX_BODY = 2 * 2**20
 """Largest request body in bytes; longer prompts do not fit into the context of any model here."""
 
-UPLOADS = {"/v1/files": MAX_FILE_BYTES + 2**20}
+DATASET_UPLOAD_PATH = "/v1/fine-tuning/datasets/upload"
+
+UPLOADS = dict.fromkeys(("/v1/files", DATASET_UPLOAD_PATH), MAX_FILE_BYTES + 2**20)
 """Path of a POST whose body goes to the disk piece by piece -> its largest body in bytes."""
 
 MAX_BODIES = 128 * 2**20
@@ -303,12 +305,15 @@ class EventStream(Response):
     """A response of server-sent events; the events end when the client disconnects.
 
     Args:
-        source: what the events are made from. It is closed at the end, also if no event was read.
+        source: what the events are made from. It is closed at the end, also if no event was read; None if there is
+            nothing to close.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str], source: Closable) -> None:
+    def __init__(
+        self, events: AsyncGenerator[str, None], headers: dict[str, str], source: Closable | None = None
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", **headers})
         del self.headers["content-length"]
         self._events = events
@@ -328,7 +333,8 @@ class EventStream(Response):
                 await run_while_connected(receive, send_all())
         finally:
             await self._events.aclose()
-            await self._source.aclose()
+            if self._source is not None:
+                await self._source.aclose()
 
 
 def given_id(scope: Scope) -> UUID | None:

@@ -1,10 +1,16 @@
 """The field `model` of a request: a loop, one of its versions, or an alias from a loop's YAML."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from finetune_pipeline.serving.errors import UnknownModel
 from finetune_pipeline.settings import LoopSettings, SettingsError
+
+SUFFIX = "[A-Za-z0-9._-]{1,64}"
+"""Pattern of what a client may add to the name of a fine-tuned model."""
+
+_WITH_SUFFIX = re.compile(f"([0-9a-f]{{16}}):{SUFFIX}")
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,14 @@ def loops_by_name(loops: Iterable[LoopSettings]) -> dict[str, str]:
 def route(model: str, names: Mapping[str, str]) -> Route:
     """Return the route for "aec_parser", "aec_parser@v1.2.0", "aec_parser@base", "aec_parser@1f0c9a2b" or an alias.
 
+    The result of a fine-tuning job may have a suffix for people after its hash: "aec_parser@1f0c9a2b83d4e5f6:short".
+
     Raises:
         UnknownModel: there is no such loop; the message lists the names.
     """
     name, _, version = model.partition("@")
+    if named := _WITH_SUFFIX.fullmatch(version):
+        version = named[1]
     if name not in names or "@" in version or model.endswith("@"):
         raise UnknownModel(
             f"There is no model {model[:100]!r}. There are: {', '.join(sorted(names))}, and versions of them, such as "
