@@ -384,7 +384,7 @@ def new_examples(
     e, i = t.examples.c, t.interactions.c
     judged = sa.exists().where(t.judged_examples.c.loop == loop, t.judged_examples.c.content_hash == e.content_hash)
     query = (
-        sa.select(t.examples, i.created_at, i.prompt, i.history, i.output, i.source, i.provenance)
+        sa.select(t.examples, *(i[name] for name in sorted(Example.INTERACTION_FIELDS)))
         .join(t.interactions, i.id == e.interaction_id)
         .where(e.loop == loop, e.ingest_offset > after, qualifies(min_reward), ~judged, _with_implicit(implicit))
         .order_by(e.ingest_offset)

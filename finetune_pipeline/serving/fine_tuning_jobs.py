@@ -135,6 +135,18 @@ class Jobs(BaseModel):
     has_more: bool
 
 
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "description": "Number of the event; the event `end` has none."},
+        "event": {"enum": ["message", "metrics", "end"]},
+        "data": {"type": "string", "description": "A JSON object: created_at, level, message and data; or status."},
+    },
+    "required": ["event", "data"],
+}
+"""The schema of one server-sent event."""
+
+
 # --- Routes -----------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +242,7 @@ async def resume_training_job(request: Request, _: Admin, job_id: str) -> Job:
     JOBS_PATH + "/{job_id}/events",
     response_class=Response,
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The events."},
+        200: {"content": {"text/event-stream": {"schema": _EVENT}}, "description": "The events."},
         204: {"description": "The job has ended, and the client has all events; it need not connect again."},
     },
 )

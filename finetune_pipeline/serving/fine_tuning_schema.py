@@ -30,7 +30,7 @@ class Hyperparameters(StrictRequest):
     batch_size: Auto | Annotated[int, Field(ge=1, le=256), Whole] = Field(
         default="auto", description="Examples of an update: training.per_device_train_batch_size, without accumulation."
     )
-    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=100)] = Field(
+    learning_rate_multiplier: Auto | Annotated[float, Field(ge=1e-6, le=100)] = Field(
         default="auto", description="Factor of the loop's training.learning_rate."
     )
 

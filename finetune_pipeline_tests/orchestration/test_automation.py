@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 import pytest
+from dagster._grpc.impl import get_external_schedule_execution, get_external_sensor_execution
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.content_hash import content_hash
@@ -77,6 +78,26 @@ def test_the_job_of_a_request_exists_before_its_run(loop, instance):
         assert request.tags[JOB_TAG] == job.id and request.tags[WATERMARK_TAG] == "0"
     started = job_of_run(connect(), "notes", "run", request.tags)  # in its first step
     assert started.id == job.id and runs_of(connect(), job.id) == ["run"]
+
+
+@pytest.mark.parametrize("tick", [None, "17"])
+@pytest.mark.parametrize("kind", ["sensor", "schedule"])
+def test_a_test_in_dagsters_ui_creates_no_job(loop, instance, kind, tick):
+    ingest_events(loop, *corrected(f"person{n}" for n in range(10)))
+    repository = definitions(loop).get_repository_def()
+    if kind == "sensor":
+        log_key = tick and [repository.name, "notes_new_examples", tick]  # "Test sensor" gives none
+        answer = get_external_sensor_execution(
+            repository, None, instance.get_ref(), "notes_new_examples", None, None, None, log_key, None
+        )
+    else:
+        log_key = tick and [repository.name, "notes_yearly", tick]
+        answer = get_external_schedule_execution(
+            repository, instance.get_ref(), "notes_yearly", NOW.timestamp(), "UTC", log_key
+        )
+    (request,) = answer.run_requests
+    assert len(list_jobs(connect())) == (0 if tick is None else 1)
+    assert (JOB_TAG in request.tags) == (tick is not None)
 
 
 @pytest.mark.parametrize("name", ["nightly", "yearly"])

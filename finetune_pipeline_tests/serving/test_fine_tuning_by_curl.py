@@ -1,0 +1,106 @@
+"""Our own fine-tuning paths over a real Dagster: the sequence of the docs, and faults that need its processes."""
+
+import json
+import subprocess
+
+import pytest
+
+from finetune_pipeline.database import connect
+from finetune_pipeline.orchestrator import Orchestrator
+from finetune_pipeline.pipeline.jobs import JOB_TAG
+from finetune_pipeline.registry.training_jobs import list_jobs, runs_of
+from finetune_pipeline_tests.pipeline.test_jobs import loop, own_home, server  # noqa: F401
+from finetune_pipeline_tests.serving.conftest import free_port, process
+from finetune_pipeline_tests.serving.slow_dagster import SlowDagster
+from finetune_pipeline_tests.waiting import wait_until
+
+# Dagster's webserver and daemon, a gateway, and several trainings: run by `make test-servers`.
+pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(1800)]
+
+PATH = "/v1/fine-tuning"
+
+
+@pytest.fixture
+def gateway(server, loop):  # noqa: F811
+    """Run a gateway for the loop and the Dagster of this file."""
+    where = {"FINETUNE_DAGSTER_URL": server.url}
+    with process("--loop", loop.name, port=free_port(), **server.env, **where) as (running, _):
+        yield running
+
+
+def curl(url, body=None, *options):
+    """Run curl as the docs do, and return its output."""
+    command = ["curl", "-sS", "--fail-with-body", url, *(["--json", json.dumps(body)] if body is not None else [])]
+    ended = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def story(url):
+    return lambda: curl(url)
+
+
+def ends_as(status, url):
+    wait_until(lambda: json.loads(curl(url))["status"] == status, 900, what=story(url))
+    return json.loads(curl(url))
+
+
+def test_a_job_is_created_and_polled_and_its_dataset_exported_by_curl(gateway):
+    url = gateway.url + PATH
+    body = {"training": {"num_train_epochs": 2}, "suffix": "short"}
+    job = json.loads(curl(f"{url}/jobs", body, "-H", "Idempotency-Key: monday"))
+    assert json.loads(curl(f"{url}/jobs", body, "-H", "Idempotency-Key: monday"))["id"] == job["id"]
+    done = ends_as("completed", f"{url}/jobs/{job['id']}")
+    assert done["progress"]["percent"] == 100 and done["model"].endswith(":short") and done["report"]
+    assert done["orchestrator_error"] is None and len(done["runs"]) == 1
+    events = curl(f"{url}/jobs/{job['id']}/events", None, "-N")
+    assert events.startswith("id: 1\nevent: message\n") and "event: metrics" in events
+    assert events.endswith('event: end\ndata: {"status": "completed"}\n\n')
+
+    listed = json.loads(curl(f"{url}/datasets"))["data"]
+    assert [one["version"] for one in listed if one["newest"]] == [done["dataset"]]
+    exported = curl(f"{url}/datasets/export", {"format": "messages", "filters": {"min_reward": 0.1}})
+    assert len(exported.splitlines()) == next(one["train"] for one in listed if one["newest"])
+    answer = gateway.ask("please note what person1 said", model=done["model"])
+    assert answer.status_code == 200, answer.text
+
+
+def test_a_run_that_is_terminated_in_dagsters_ui_cancels_the_job_and_its_training_is_gone(gateway, server):  # noqa: F811
+    url = gateway.url + PATH
+    job = json.loads(curl(f"{url}/jobs", {"training": {"seed": 11}}))
+    wait_until(lambda: server.trainings(), 300, what=story(f"{url}/jobs/{job['id']}"))
+    Orchestrator(server.url).terminate(json.loads(curl(f"{url}/jobs/{job['id']}"))["runs"][0])
+    wait_until(lambda: list_jobs(connect(), limit=1)[0].status == "canceled", 120)  # though nobody reads it
+    wait_until(lambda: server.trainings() == [], 60)
+
+
+def test_a_gateway_that_is_killed_between_the_row_and_the_launch_launches_after_its_restart(server, loop):  # noqa: F811
+    orchestrator = Orchestrator(server.url)
+    body = json.dumps({"training": {"num_train_epochs": 1, "seed": 12}})
+    with SlowDagster(server.url) as dagster:
+        where = {**server.env, "FINETUNE_DAGSTER_URL": dagster.url}
+        with process("--loop", loop.name, port=free_port(), **where) as (running, gateway):
+            sent = subprocess.Popen(["curl", "-s", f"{running.url}{PATH}/jobs", "--json", body])
+            dagster.launching.wait(120)  # the row exists, and the launch does not reach Dagster
+            gateway.kill()
+            sent.wait(60)
+    job = list_jobs(connect(), limit=1)[0]
+    assert (job.status, job.wanted, runs_of(connect(), job.id)) == ("pending", "launch", [])
+    with process("--loop", loop.name, port=free_port(), **where | {"FINETUNE_DAGSTER_URL": server.url}):
+        wait_until(lambda: runs_of(connect(), job.id) != [], 180)  # a minute after the last event of the job
+        wait_until(lambda: list_jobs(connect(), limit=1)[0].status == "completed", 900)
+    assert [run.id for run in orchestrator.runs({JOB_TAG: job.id})] == runs_of(connect(), job.id)
+
+
+def test_a_daemon_that_is_down_keeps_the_job_until_it_is_back(gateway, server):  # noqa: F811
+    url = f"{gateway.url}{PATH}/jobs"
+    server.kill()
+    refused = subprocess.run(["curl", "-s", url, "--json", "{}"], capture_output=True, text=True).stdout
+    assert "Start it with `finetune ui`" in refused
+    server.start()
+    job = json.loads(curl(url, {"training": {"num_train_epochs": 1, "seed": 13}}))
+    server.kill()  # its run waits in Dagster's queue
+    down = json.loads(curl(f"{url}/{job['id']}"))
+    assert down["status"] == "pending" and "Dagster does not answer" in down["orchestrator_error"]
+    server.start()
+    assert ends_as("completed", f"{url}/{job['id']}")["orchestrator_error"] is None
