@@ -87,7 +87,9 @@ def test_what_a_promotion_fixed_is_asked_of_the_next_challenger(loop, instance, 
     report = get_latest(ReportManifest, "notes")
     assert suite_of(report)["counts"] == {"standing": 4, "asked": 4, "held": 4, "broken": 4, "regained": 0}
     assert report.manifest.decision == "reject"
-    assert report.manifest.reason.split("\n")[-1].startswith("it breaks too many fixed corrections: 4 of 4")
+    assert any(
+        line.startswith("it breaks too many fixed corrections: 4 of 4") for line in report.manifest.reason.split("\n")
+    )
     assert champion(connect(), "notes").version == "v1.0.0"
     page = (report.path / HTML).read_text()
     assert "Regression suite (4 broken of 4)" in page and prompt_of(0) in page

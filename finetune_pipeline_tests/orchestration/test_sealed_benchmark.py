@@ -66,7 +66,8 @@ def test_the_first_promotion_is_the_baseline_and_the_second_after_it_asks(loop, 
     assert second.sealed_scores == {"s0": (1000, 1000, None), "s1": (0, 1000, None)}
 
     page = (get_latest(ReportManifest, "notes").path / HTML).read_text()
-    assert f"Sealed benchmark, {FIRST}." in page  # a report is written before its promotion
+    # A report is written before its promotion.
+    assert f"Sealed benchmark: {FIRST}; promotions until it is asked again: 1." in page
     pages = [path for stage in ("eval_report", "promoted_model") for path in stage_folder("notes", stage).rglob("*")]
     texts = [path.read_text() for path in pages if path.suffix in {".html", ".json", ".md"}]
     assert len(texts) >= 9 and any(OPEN[0] in text for text in texts)
