@@ -55,7 +55,8 @@ def check_specs(loop: LoopSettings, stage: str) -> list[dg.AssetCheckSpec]:
             f"{100 * loop.export.equivalence_margin:g} points.",
         },
         ReportManifest.stage: {
-            "gain": f"The challenger gains at least {loop.gate.min_gain:.0%} ({loop.gate.mode}) over the champion.",
+            "gain": f"The challenger gains at least {loop.gate.min_gain:.0%} ({loop.gate.mode.replace('_', ' ')}) over "
+            "the champion.",
             "significance": "The gain is significant by a paired test.",
             "no_slice_regressed": f"No slice lost significantly more than {loop.gate.slice_margin:.0%}.",
             "fixed_corrections_held": "Not significantly more than "
