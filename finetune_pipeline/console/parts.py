@@ -50,7 +50,7 @@ def line(data: pd.DataFrame, x: str, y: str, *, percent: bool = False) -> None:
         .encode(
             x=alt.X(x, sort=None, axis=alt.Axis(labelAngle=0, labelOverlap=True, title=None)),
             y=alt.Y(y, axis=axis, title=None, scale=alt.Scale(zero=False, nice=True)),
-            tooltip=[x, alt.Tooltip(y, format=".1%" if percent else ",")],
+            tooltip=[x, alt.Tooltip(y, format=".1%" if percent else ",.4~g")],
         )
     )
     st.altair_chart(chart.properties(height=200), width="stretch")

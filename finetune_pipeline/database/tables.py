@@ -502,7 +502,7 @@ training_jobs = sa.Table(
     metadata,
     sa.Column("id", sa.String(40), primary_key=True, comment="ftjob- and 24 hexadecimal digits."),
     sa.Column("loop", sa.String(60), nullable=False),
-    sa.Column("origin", sa.String(20), nullable=False, comment="api, openai, cli, sensor, schedule or ui."),
+    sa.Column("origin", sa.String(20), nullable=False, comment="api, openai, console, cli, sensor, schedule or ui."),
     sa.Column("created_by", sa.String(200), nullable=False, comment="The API key's name, or the OS user."),
     sa.Column("idempotency_key", sa.String(200), comment="Chosen by the client; one job for each key of a loop."),
     sa.Column("request_sha256", sa.String(64), comment="Of the request with that key."),

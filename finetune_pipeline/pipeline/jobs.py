@@ -184,7 +184,7 @@ def _launch(db: Database, orchestrator: Orchestrator, loop: LoopSettings, job: T
     if first is not None:  # the same steps, with what was set in the launchpad
         config = first.config.get("ops", {})
         stages = [stage for stage in stages if first.assets is None or (*loop.prefix, stage) in first.assets]
-    elif job.origin in ("api", "openai"):
+    elif job.origin in ("api", "openai", "console"):
         stages.remove(PromotionManifest.stage)
     if job.dataset is not None:
         stages = [stage for stage in stages if stage not in (RawLogsManifest.stage, DatasetManifest.stage)]

@@ -16,7 +16,7 @@ from finetune_pipeline.database.tables import training_job_events, training_job_
 from finetune_pipeline.records import Record, UtcDatetime
 from finetune_pipeline.registry.champion import lock_loop_in
 
-Origin = Literal["api", "openai", "cli", "sensor", "schedule", "ui"]
+Origin = Literal["api", "openai", "console", "cli", "sensor", "schedule", "ui"]
 Status = Literal["pending", "running", "paused", "completed", "failed", "canceled"]
 IN_PROGRESS: tuple[Status, ...] = ("pending", "running")
 UNFINISHED: tuple[Status, ...] = (*IN_PROGRESS, "paused")

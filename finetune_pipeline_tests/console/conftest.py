@@ -75,16 +75,29 @@ class OpenConsole:
 
     def open(self, title: str) -> None:
         """Open a page by its link."""
-        link = self.page.get_by_test_id("stSidebarNav").get_by_role("link", name=title, exact=True)
-        if not link.is_visible():
+        if self.page.get_by_test_id("stExpandSidebarButton").is_visible():
             self.page.get_by_test_id("stExpandSidebarButton").click()
-        link.click()
+            self.page.wait_for_timeout(500)  # it slides in
+        self.page.get_by_test_id("stSidebarNav").get_by_role("link", name=title, exact=True).click()
         self.page.wait_for_selector(f"h1:has-text('{title}')")
         self.wait()
 
     def click(self, name: str) -> None:
         """Click a button and wait for what it does."""
         self.page.get_by_test_id("stMain").get_by_role("button", name=name, exact=False).first.click()
+        self.wait()
+
+    def fill(self, label: str, text: str) -> None:
+        """Write into a field and leave it, and wait for what that does."""
+        field = self.page.get_by_role("textbox", name=label, exact=True)
+        field.fill(text)
+        field.press("Tab")
+        self.wait()
+
+    def select_row(self, number: int) -> None:
+        """Select a row of the first table that has check boxes; the first one is 0."""
+        box = self.page.get_by_test_id("stDataFrame").first.bounding_box()
+        self.page.mouse.click(box["x"] + 17, box["y"] + 53 + 35 * number)
         self.wait()
 
     def press(self, key: str) -> None:

@@ -24,7 +24,7 @@ from finetune_pipeline_tests.serving.conftest import STARTER, promote
 pytestmark = pytest.mark.ui
 
 LOOP = "aec_parser"
-PAGES = ("Overview", "Try and rate", "Review", "Interactions", "Models", "Settings")
+PAGES = ("Overview", "Try and rate", "Review", "Interactions", "Training", "Models", "Settings")
 PROMPT = "150 mm concrete wall fire-rated two hours"
 SHOTS = os.environ.get("FINETUNE_UI_SCREENSHOTS")
 
@@ -46,6 +46,24 @@ def prepared(browser, tmp_path_factory):
             promote(file, LOOP)
         connect().engine.dispose()
     return home
+
+
+@pytest.fixture(scope="module")
+def shared(prepared):
+    """The address of a console for tests that change nothing."""
+    process, url = start_console(prepared)
+    yield url
+    process.terminate()
+    process.wait(20)
+    assert "Traceback" not in (prepared / "console.log").read_text()
+
+
+@pytest.fixture
+def reader(shared, browser):
+    opened = OpenConsole(browser, shared)
+    yield opened
+    opened.close()
+    assert opened.problems == []
 
 
 @pytest.fixture
@@ -79,8 +97,8 @@ def newest(**wanted):
         return search(connection, LOOP, InteractionFilter(**wanted), 1)[0]
 
 
-def test_the_overview_says_what_serves_and_what_to_do(console):
-    text = console.text
+def test_the_overview_says_what_serves_and_what_to_do(reader):
+    text = reader.text
     assert "v1.1.0" in text or "v1.0.1" in text
     assert "high-reward examples, 50 needed" in text
     assert "There are enough new examples: start a training." in text
@@ -92,7 +110,7 @@ def test_an_answer_is_tried_rated_and_corrected(console):
     console.open("Try and rate")
     console.click("Ask")
     assert "The prompt is empty." in console.text
-    console.page.get_by_label("Prompt").fill(PROMPT)
+    console.fill("Prompt", PROMPT)
     console.click("Ask")
     console.page.get_by_role("button", name="Good").wait_for()
     found = newest(text=PROMPT)
@@ -100,11 +118,10 @@ def test_an_answer_is_tried_rated_and_corrected(console):
     console.click("Good")
     console.click("Gold star")
     console.page.get_by_text("Correct the answer").click()
-    field = console.page.get_by_label("The correct answer")
-    field.fill('{"element": 3}')
+    console.fill("The correct answer", '{"element": 3}')
     console.click("Save the correction")
     assert "does not accept it" in console.text
-    field.fill('{"element":"wall","material":"concrete","thickness_mm":150,"fire_rating_hr":2}')
+    console.fill("The correct answer", '{"element":"wall","material":"concrete","thickness_mm":150,"fire_rating_hr":2}')
     console.click("Save the correction")
     kinds = [feedback.kind for feedback in newest(text=PROMPT).feedback]
     assert kinds == ["thumbs_up", "rating", "correction"]
@@ -117,9 +134,7 @@ def audit_actor():
 
 
 def test_an_approved_example_is_in_the_next_dataset(console):
-    console.page.get_by_label("Your name").fill("rita")
-    console.page.keyboard.press("Enter")
-    console.wait()
+    console.fill("Your name", "rita")
     console.open("Review")
     console.press("s")
     console.press("u")
@@ -131,7 +146,7 @@ def test_an_approved_example_is_in_the_next_dataset(console):
     decided = list_audit(connect(), LOOP, 1)[0]
     assert (decided.action, decided.actor, decided.outcome) == ("review approve", "rita", "")
     console.press("e")
-    console.page.get_by_label("Correct answer").fill("not JSON")
+    console.fill("Correct answer", "not JSON")
     console.click("Save")
     assert "It cannot train like this" in console.text
     console.click("Cancel")
@@ -146,15 +161,10 @@ def test_an_approved_example_is_in_the_next_dataset(console):
 def test_interactions_are_searched_and_opened(console):
     console.open("Interactions")
     assert "1 to 25" in console.text
-    console.page.get_by_label("Text").fill("no such text anywhere")
-    console.page.keyboard.press("Enter")
-    console.wait()
+    console.fill("Text", "no such text anywhere")
     assert "No interaction matches." in console.text
-    console.page.get_by_label("Text").fill("duct")
-    console.page.keyboard.press("Enter")
-    console.wait()
-    console.page.locator("[data-testid=stDataFrame] canvas").first.click(position={"x": 16, "y": 54})
-    console.wait()
+    console.fill("Text", "duct")
+    console.select_row(0)
     assert "what it trains" in console.text and "answer of aec_parser@" in console.text
     console.click("Bad")
     assert audit() == [("feedback thumbs_down", "")]
@@ -166,17 +176,13 @@ def test_a_model_is_switched_archived_and_rolled_back(console):
     first, second = sorted(one["name"] for one in versions(db))
     assert champion(db, LOOP).name == second
     console.click("Roll back")
-    assert "rollback needs reason" in console.text  # nothing happened
+    assert "Rollback needs reason" in console.text  # nothing happened
     assert champion(db, LOOP).name == second
-    console.page.get_by_label("Reason").fill("to see it")
-    console.page.keyboard.press("Enter")
-    console.wait()
+    console.fill("Reason", "to see it")
     console.click("Roll back")
     assert champion(db, LOOP).name == first
     console.wait()
-    console.page.get_by_label("Reason").fill("better after all")
-    console.page.keyboard.press("Enter")
-    console.wait()
+    console.fill("Reason", "better after all")
     console.click("Switch to the base model")
     assert champion(db, LOOP) is None
     assert [action for action, _ in audit()] == ["model rollback", "model rollback", "model switch"]
@@ -189,12 +195,25 @@ def versions(db):
     return [{"name": one.name} for one in list_models(db, LOOP)]
 
 
-def test_settings_are_found(console):
-    console.open("Settings")
-    console.page.get_by_label("Find").fill("learning rate")
-    console.page.keyboard.press("Enter")
+def test_a_training_that_cannot_start_says_why(console):
+    console.open("Training")
+    assert "No training was started yet." in console.text
+    console.fill("Learning rate", "fast")
+    console.page.get_by_role("button", name="Start", exact=True).click()
     console.wait()
-    assert "1 of " in console.text
+    assert "training.learning_rate: found 'fast', expected a number." in console.text.lower()
+    console.fill("Learning rate", "0.001")
+    console.fill("Further settings of training, as YAML", "lora_r: 8")
+    console.page.get_by_role("button", name="Start", exact=True).click()
+    console.wait()
+    assert "Start it with finetune ui" in console.text  # no job was created, since Dagster does not run
+    assert [outcome == "" for _, outcome in audit()] == [False, False]
+
+
+def test_settings_are_found(reader):
+    reader.open("Settings")
+    reader.fill("Find", "learning rate")
+    assert "1 of " in reader.text
 
 
 def test_a_key_that_only_reads_can_change_nothing(home, browser):
@@ -224,22 +243,17 @@ def test_a_key_that_only_reads_can_change_nothing(home, browser):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-def test_every_page_fits_in_both_themes(home, browser, theme, width, height):
-    process, url = start_console(home)
-    try:
-        console = OpenConsole(browser, url, width, height, theme)
-        for title in PAGES:
-            console.open(title)
-            page = console.page
-            if width < 500 and page.get_by_test_id("stSidebar").get_attribute("aria-expanded") == "true":
-                page.get_by_test_id("stSidebarCollapseButton").get_by_role("button").click()
-                page.wait_for_timeout(500)
-            overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-            assert overflow <= 0, f"{title} is {overflow} pixels too wide"
-            if SHOTS:
-                page.screenshot(path=Path(SHOTS) / f"{title.lower().replace(' ', '-')}-{theme}-{width}.png")
-        console.close()
-        assert console.problems == []
-    finally:
-        process.terminate()
-        process.wait(20)
+def test_every_page_fits_in_both_themes(shared, browser, theme, width, height):
+    console = OpenConsole(browser, shared, width, height, theme)
+    for title in PAGES:
+        console.open(title)
+        page = console.page
+        if width < 500 and page.get_by_test_id("stSidebarCollapseButton").is_visible():
+            page.get_by_test_id("stSidebarCollapseButton").get_by_role("button").click()
+            page.wait_for_timeout(500)
+        overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert overflow <= 0, f"{title} is {overflow} pixels too wide"
+        if SHOTS:
+            page.screenshot(path=Path(SHOTS) / f"{title.lower().replace(' ', '-')}-{theme}-{width}.png")
+    console.close()
+    assert console.problems == []

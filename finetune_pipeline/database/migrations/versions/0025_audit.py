@@ -25,6 +25,7 @@ def upgrade() -> None:
     op.create_index(op.f('ix_audit_log_loop_id'), 'audit_log', ['loop', 'id'])
     if op.get_bind().dialect.name != 'sqlite':  # SQLite has no comments
         op.alter_column('api_keys', 'scopes', comment='infer, feedback, view, admin; separated by commas.')
+        op.alter_column('training_jobs', 'origin', comment='api, openai, console, cli, sensor, schedule or ui.')
 
 
 def downgrade() -> None:
