@@ -4,13 +4,14 @@ import streamlit as st
 
 from finetune_pipeline.console import parts, session
 from finetune_pipeline.console.guard import LOGOUT
-from finetune_pipeline.console.views import interactions, models, overview, review, settings, training, try_models
+from finetune_pipeline.console.views import data, interactions, models, overview, review, settings, training, try_models
 
 PAGES = (
     st.Page(overview.show, title="Overview", icon=":material/monitoring:", url_path="overview", default=True),
     st.Page(try_models.show, title="Try and rate", icon=":material/chat:", url_path="try"),
     st.Page(review.show, title="Review", icon=":material/fact_check:", url_path="review"),
     st.Page(interactions.show, title="Interactions", icon=":material/forum:", url_path="interactions"),
+    st.Page(data.show, title="Data", icon=":material/database:", url_path="data"),
     st.Page(training.show, title="Training", icon=":material/model_training:", url_path="training"),
     st.Page(models.show, title="Models", icon=":material/deployed_code:", url_path="models"),
     st.Page(settings.show, title="Settings", icon=":material/settings:", url_path="settings"),

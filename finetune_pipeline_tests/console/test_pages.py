@@ -1,5 +1,6 @@
 """The console in a real browser: each page's main act, on the sample logs of the default loop."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -24,7 +25,7 @@ from finetune_pipeline_tests.serving.conftest import STARTER, promote
 pytestmark = pytest.mark.ui
 
 LOOP = "aec_parser"
-PAGES = ("Overview", "Try and rate", "Review", "Interactions", "Training", "Models", "Settings")
+PAGES = ("Overview", "Try and rate", "Review", "Interactions", "Data", "Training", "Models", "Settings")
 PROMPT = "150 mm concrete wall fire-rated two hours"
 SHOTS = os.environ.get("FINETUNE_UI_SCREENSHOTS")
 
@@ -208,6 +209,34 @@ def test_a_training_that_cannot_start_says_why(console):
     console.wait()
     assert "Start it with finetune ui" in console.text  # no job was created, since Dagster does not run
     assert [outcome == "" for _, outcome in audit()] == [False, False]
+
+
+def test_a_file_with_a_bad_row_is_refused_and_then_becomes_a_dataset(console, tmp_path):
+    answer = '{"element":"wall","material":"concrete","thickness_mm":150}'
+    rows = [
+        {"messages": [{"role": "user", "content": f"wall number {n} of 150 mm concrete"},
+                      {"role": "assistant", "content": answer}]}
+        for n in range(40)
+    ]  # fmt: skip
+    good = [json.dumps(row) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*good[:3], '{"messages": 5}', *good[3:]]))
+    console.open("Data")
+    assert "No dataset was built yet." in console.text
+    console.page.get_by_role("tab", name="Upload").click()
+    console.page.locator("input[type=file]").set_input_files(tmp_path / "rows.jsonl")
+    console.page.get_by_text("1 line cannot be used").wait_for()
+    console.click("Build a dataset")
+    assert "line 4" in console.text
+    (tmp_path / "rows.jsonl").write_text("\n".join(good))
+    console.page.locator("input[type=file]").set_input_files(tmp_path / "rows.jsonl")
+    console.page.get_by_text("40 lines can be used").wait_for()
+    console.wait()
+    console.click("Build a dataset")
+    console.page.get_by_text("to train on").first.wait_for()
+    assert [(action, outcome == "") for action, outcome in audit()] == [
+        ("dataset upload", False),
+        ("dataset upload", True),
+    ]
 
 
 def test_settings_are_found(reader):

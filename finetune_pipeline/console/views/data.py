@@ -1,0 +1,247 @@
+"""Data: dataset versions with a sample and an export, uploaded files with named errors, and declared sources."""
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime, time
+from itertools import islice
+
+import streamlit as st
+
+from finetune_pipeline.artifacts import Artifact
+from finetune_pipeline.console import parts, session
+from finetune_pipeline.curation.dataset_files import SPLITS, DatasetExample
+from finetune_pipeline.curation.export_formats import WRITERS
+from finetune_pipeline.feedback.source_state import active_sources, skipped_records
+from finetune_pipeline.manifests import DatasetManifest
+from finetune_pipeline.pipeline.dataset_export import ExampleFilter, examples_of, list_datasets
+from finetune_pipeline.pipeline.datasets import Method, dataset_from_file, preview_file
+from finetune_pipeline.pipeline.source_preview import preview_source
+from finetune_pipeline.pipeline.uploaded_files import UploadedFile, delete_file, new_file
+from finetune_pipeline.wording import counted
+
+SAMPLE = 20
+PREVIEWED = 10
+_SKIPPED = 100
+_PIECE = 2**20
+
+
+def show() -> None:
+    """Show the page."""
+    parts.heading("Data", "What trains: dataset versions, files that you upload, and declared sources.")
+    versions, upload, sources = st.tabs(["Dataset versions", "Upload", "Sources"])
+    with versions:
+        _versions()
+    with upload:
+        _upload()
+    with sources:
+        _sources()
+
+
+def _versions() -> None:
+    found = list_datasets(session.loop())
+    if not found:
+        parts.empty(
+            "No dataset was built yet.",
+            "Start a training, which builds one from the logs, or upload a file of examples.",
+        )
+        return
+    parts.table(
+        [
+            {
+                "dataset": one.manifest.version,
+                "built": session.moment(one.manifest.created_at),
+                "from": "upload" if "upload" in one.manifest.settings else "logs and sources",
+                "train": one.manifest.train,
+                "validation": one.manifest.validation,
+                "replayed": one.manifest.replayed,
+                "left out": sum(one.manifest.left_out.values()),
+                "redacted": sum(one.manifest.redacted.values()),
+            }
+            for one in found
+        ]
+    )
+    names = {one.manifest.version: one for one in found}
+    dataset = names[st.selectbox("Dataset", list(names))]
+    left, right = st.columns(2)
+    with left:
+        st.caption("examples by source")
+        parts.table([{"source": name, "examples": count} for name, count in dataset.manifest.sources.items()])
+    with right:
+        st.caption("left out, and why")
+        parts.table(_counts(dataset.manifest.left_out) or [{"reason": "nothing was left out", "examples": 0}])
+    _sample_and_export(dataset)
+
+
+def _counts(reasons: dict[str, int]) -> list[dict[str, object]]:
+    ordered = sorted(reasons.items(), key=lambda item: -item[1])
+    return [{"reason": reason, "examples": count} for reason, count in ordered if count]
+
+
+def _sample_and_export(dataset: Artifact[DatasetManifest]) -> None:
+    st.subheader("Sample and export")
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        split = st.selectbox("Split", SPLITS, width=140)
+        source = st.multiselect("Source", list(dataset.manifest.sources), width=220)
+        reward = st.number_input("Lowest reward", -1.0, 1.0, -1.0, 0.1, width=140)
+        since = st.date_input("Logged since", None, width=160)
+        format = st.selectbox("Format", list(WRITERS), width=180)
+    wanted = ExampleFilter(
+        source=tuple(source),
+        min_reward=reward if reward > -1 else None,
+        since=datetime.combine(since, time(), UTC) if since else None,
+    )
+    examples = list(examples_of(dataset, split, wanted))
+    st.caption(f"{counted(len(examples), 'example')} pass the filter.")
+    if not examples:
+        parts.empty("No example passes the filter.", "Widen it, or choose the other split.")
+        return
+    parts.table(
+        [
+            {
+                "prompt": one.prompt[:300],
+                "completion": one.completion[:300],
+                "reward": f"{one.reward:+.2f}",
+                "source": one.source,
+            }
+            for one in islice(examples, SAMPLE)
+        ],
+        column_config={"prompt": {"width": 320}, "completion": {"width": 320}},
+    )
+    name = f"{session.loop().name}-{dataset.manifest.version}-{split}.{format}.jsonl"
+    prompt = str(dataset.manifest.settings.get("system_prompt", session.loop().system_prompt))
+    # An export is an action with a row in the audit log, so it is written when the button is pressed.
+    if session.user().may("admin") and st.button("Prepare the export", icon=":material/archive:"):
+        text = session.perform(
+            "dataset export", dataset.manifest.version, lambda: _written(examples, format, prompt), needs="admin"
+        )
+        if text is not None:
+            st.download_button(f"Download {name}", text, name, "application/jsonl", type="primary")
+
+
+def _written(examples: Iterable[DatasetExample], format: str, system_prompt: str) -> str:
+    write = WRITERS[format]
+    return "".join(json.dumps(write(one, system_prompt), ensure_ascii=False) + "\n" for one in examples)
+
+
+def _upload() -> None:
+    if not session.may("admin"):
+        return
+    loop = session.loop()
+    st.caption(
+        "JSON lines as OpenAI's fine-tuning takes them: `messages` with the answer last, or `input`, "
+        "`preferred_output` and `non_preferred_output` for preferences."
+    )
+    method: Method = st.segmented_control(
+        "Kind of examples", ["supervised", "dpo"], default="supervised", required=True
+    )
+    given = st.file_uploader("File", type=["jsonl"])
+    if given is None:
+        parts.empty("No file is chosen.", "Drop a file of JSON lines here. Its lines are checked before it is used.")
+        return
+    build = st.button("Build a dataset", type="primary", icon=":material/construction:")
+    with new_file() as file:
+        while piece := given.read(_PIECE):
+            file.write(piece)
+        stored = file.publish(given.name, session.actor())
+    try:
+        _checked(stored, method)
+        if build:
+            with st.spinner("Building the dataset"):
+                made = session.perform(
+                    "dataset upload",
+                    given.name,
+                    lambda: dataset_from_file(loop, session.database(), stored.path, method),
+                    needs="admin",
+                    detail=f"{stored.bytes:,} bytes, SHA-256 {stored.sha256}",
+                )
+            if made is not None:
+                st.success(f"Dataset {made.manifest.version}: {counted(made.manifest.train, 'example')} to train on.")
+                st.caption("Start a training with it on the page Training.")
+    finally:
+        delete_file(stored.id)
+
+
+def _checked(stored: UploadedFile, method: Method) -> None:
+    """Show what an uploaded file would give, and what is wrong with it."""
+    found = preview_file(session.loop(), stored.path, method, PREVIEWED)
+    if found.unusable:
+        st.error(f"{counted(found.unusable, 'line')} cannot be used; the file becomes no dataset while there are any.")
+        parts.table([{"line": line, "what is wrong": session.redacted(error)} for line, error in found.errors])
+    st.markdown(f"{counted(found.examples, 'line')} can be used.")
+    if found.left_out:
+        parts.table(_counts(found.left_out))
+    if found.rows:
+        parts.table(
+            [
+                {
+                    "line": row.line,
+                    "prompt": row.prompt[:300],
+                    "completion": row.completion[:300],
+                    "left out": row.left_out,
+                }
+                for row in found.rows
+            ],
+            column_config={"prompt": {"width": 300}, "completion": {"width": 300}},
+        )
+
+
+def _sources() -> None:
+    loop = session.loop()
+    if not loop.sources:
+        parts.empty(
+            "No source is declared.",
+            "Notes, code, documents, files and databases are declared under `sources` in the loop's YAML: "
+            "docs/how-to/sources.md.",
+        )
+        return
+    with session.database().read() as connection:
+        given = active_sources(connection, loop.name)
+        skipped = skipped_records(connection, loop, _SKIPPED)
+    counts = {source.name: sum(row.source == source.name for row in skipped) for source in loop.sources}
+    parts.table(
+        [
+            {
+                "source": source.name,
+                "kind": source.kind,
+                "interactions": given.get(source.name, 0),
+                "skipped at the last sync": counts[source.name],
+            }
+            for source in loop.sources
+        ]
+    )
+    if skipped:
+        with st.expander("What was skipped, and why"):
+            parts.table(
+                [
+                    {
+                        "source": row.source,
+                        "where": session.redacted(row.provenance),
+                        "why": session.redacted(row.reason),
+                    }
+                    for row in skipped
+                ]
+            )
+    name = st.selectbox("Source", [source.name for source in loop.sources])
+    if st.button("Preview", help="Reads the complete source and records nothing; its teacher is not asked."):
+        with st.spinner(f"Reading {name}"):
+            preview = preview_source(loop, name, SAMPLE)
+        if preview.error:
+            st.error(session.redacted(preview.error))
+        st.markdown(
+            f"{counted(preview.records, 'record')}, of which {counted(preview.examples, 'example')} for a dataset."
+        )
+        parts.table(
+            _counts({**preview.left_out, **preview.skipped}) or [{"reason": "nothing is left out", "examples": 0}]
+        )
+        parts.table(
+            [
+                {
+                    "where": one.provenance,
+                    "prompt": one.prompt[:300],
+                    "completion": one.completion[:300],
+                    "reward": f"{one.reward:+.2f}",
+                    "left out": one.left_out,
+                }
+                for one in preview.shown
+            ]
+        )
