@@ -310,6 +310,11 @@ deployment_history = sa.Table(
         sa.JSON(none_as_null=True),
         comment="deployment_config: settings of the servers; null if there were none.",
     ),
+    sa.Column(
+        "requested_config",
+        sa.JSON(none_as_null=True),
+        comment="The part of config that came with the request, over the loop's YAML; null if there was none.",
+    ),
     sa.Index(None, "loop", "id"),
 )
 
@@ -376,6 +381,63 @@ manual_comparisons = sa.Table(
     sa.Column("report_path", sa.Text, nullable=False),
     sa.Column("created_at", Timestamp, nullable=False),
     comment="Made by `finetune compare`. They judge no data and promote nothing.",
+)
+
+requested_comparisons = sa.Table(
+    "requested_comparisons",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True, comment="cmp- and 24 hexadecimal digits."),
+    sa.Column("loop", sa.String(60), nullable=False),
+    sa.Column("base", sa.String(200), nullable=False, comment="Name of the model to compare with."),
+    sa.Column("base_id", sa.String(64), comment="Its id in the registry; null is the base model."),
+    sa.Column("tuned", sa.String(200), nullable=False, comment="Name of the model to compare."),
+    sa.Column("tuned_id", sa.String(64)),
+    sa.Column("prompts", sa.JSON(none_as_null=True), comment="Given prompts; null: the loop's benchmark."),
+    sa.Column("created_by", sa.String(200), nullable=False, comment="The API key's name, or the OS user."),
+    sa.Column(
+        "idempotency_key", sa.String(200), comment="Chosen by the client; one comparison for each key of a loop."
+    ),
+    sa.Column("request_sha256", sa.String(64), comment="Of the request with that key."),
+    sa.Column("status", sa.String(20), nullable=False, comment="pending, running, completed, failed or canceled."),
+    sa.Column("tries", sa.Integer, nullable=False, comment="Processes that began to work on it."),
+    sa.Column("progress", sa.JSON, nullable=False, comment="model, answered and questions; or empty."),
+    sa.Column("error", sa.Text, nullable=False),
+    sa.Column("base_wins", sa.Integer, comment="Questions in which its score is higher; null without a benchmark."),
+    sa.Column("tuned_wins", sa.Integer),
+    sa.Column("ties", sa.Integer),
+    sa.Column("p_value", sa.Float, comment="One-sided, that the tuned model is not better."),
+    sa.Column("report", sa.String(64), comment="Version of the report; null without a benchmark."),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("started_at", Timestamp),
+    sa.Column("finished_at", Timestamp),
+    sa.Column("locked_by", sa.String(200), comment="Process that works on it; null if none."),
+    sa.Column("locked_until", Timestamp, comment="When the lock of a killed process ends."),
+    sa.UniqueConstraint("loop", "idempotency_key"),
+    sa.Index(None, "loop", "created_at"),
+    comment="Comparisons that a program or the console asked for. They judge no data and promote nothing.",
+)
+
+comparison_pairs = sa.Table(
+    "comparison_pairs",
+    metadata,
+    sa.Column("comparison_id", sa.String(40), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, comment="1, 2, 3, ... in each comparison."),
+    sa.Column("prompt", sa.Text, nullable=False),
+    sa.Column("base_answer", sa.Text, nullable=False),
+    sa.Column("tuned_answer", sa.Text, nullable=False),
+    sa.Column("swapped", sa.Boolean, nullable=False, comment="The tuned model's answer is shown first, as a."),
+    comment="Two answers to one prompt, which people see without the models' names.",
+)
+
+comparison_votes = sa.Table(
+    "comparison_votes",
+    metadata,
+    sa.Column("comparison_id", sa.String(40), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, comment="Of the pair."),
+    sa.Column("voter", sa.String(200), primary_key=True, comment="The API key's name, or the OS user."),
+    sa.Column("choice", sa.String(10), nullable=False, comment="base, tuned or tie."),
+    sa.Column("created_at", Timestamp, nullable=False),
+    comment="Blind votes on pairs; one of each voter on each pair.",
 )
 
 budget_tests = sa.Table(

@@ -82,7 +82,12 @@ class FinishedComparison:
 
 
 def compare_two(
-    loop: LoopSettings, first: str, second: str, log: Callable[[str], None], api_key_env: str | None = None
+    loop: LoopSettings,
+    first: str,
+    second: str,
+    log: Callable[[str], None],
+    api_key_env: str | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> FinishedComparison:
     """Compare two models on the loop's benchmark as its evaluation does, write the report, and record the result.
 
@@ -93,6 +98,7 @@ def compare_two(
             SHA-256, path of a GGUF file, or an endpoint (`http://localhost:8000/v1#model`).
         second: the same; wins are its.
         api_key_env: environment variable with the API key of the endpoint.
+        on_progress: called with a model's name, its answers so far, and the questions; default: they are logged.
 
     Raises:
         ComparisonError: a name is not understood, or both are the same model.
@@ -106,7 +112,7 @@ def compare_two(
     base = NamedModel(
         Contender(f"{loop.name}@{BASE}", ModelSpec(gguf=base_gguf(loop, log))), Subject(f"{loop.name}@{BASE}")
     )
-    scorer, progress = scorer_with_agreement(loop, log, for_gate=False), ProgressLog(log)
+    scorer, progress = scorer_with_agreement(loop, log, for_gate=False), on_progress or ProgressLog(log)
     comparison = compare_models(
         pair[0].contender,
         pair[1].contender,

@@ -7,14 +7,12 @@ uploads and comparisons must not delay answers, and the libraries that they impo
 """
 
 import asyncio
-import logging
-import os
 import signal
 import sys
-from contextlib import suppress
 
 from finetune_pipeline.database import Database
 from finetune_pipeline.pipeline.deploy import due_targets, reconcile
+from finetune_pipeline.serving.background_child import run_child
 from finetune_pipeline.settings import LoopSettings
 
 DEPLOY_SECONDS = 5.0
@@ -23,42 +21,12 @@ DEPLOY_SECONDS = 5.0
 COMMAND = [sys.executable, "-m", "finetune_pipeline.serving.deployer"]
 """The command of the child."""
 
-_STOP_SECONDS = 5.0
-
-_log = logging.getLogger(__name__)
-
 
 async def deploy_due(loop: LoopSettings, database: Database) -> None:
     """Bring the loop's due targets to the champion in a child process, and wait for it; do nothing if none is due."""
     if not await asyncio.to_thread(due_targets, loop, database):
         return
-    tied = [sys.executable, "-m", "finetune_pipeline.subprocess_lifetime", str(os.getpid())]
-    child = await asyncio.create_subprocess_exec(
-        *tied,
-        *COMMAND,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        limit=2**20,  # bytes of a line
-    )
-    assert child.stdin is not None and child.stdout is not None
-    try:
-        with suppress(ConnectionError):  # it has ended already; its output says why
-            child.stdin.write(loop.model_dump_json().encode())
-            await child.stdin.drain()
-        child.stdin.close()
-        async for line in child.stdout:
-            _log.info("%s: %s", loop.name, line.decode(errors="replace").rstrip())
-        if await child.wait():
-            _log.warning("%s: the deployment ended with exit code %s", loop.name, child.returncode)
-    finally:
-        if child.returncode is None:
-            child.terminate()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(child.wait(), _STOP_SECONDS)
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
+    await run_child(COMMAND, loop.model_dump_json(), loop.name, "deployment")
 
 
 def main() -> None:

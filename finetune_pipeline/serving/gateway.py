@@ -18,6 +18,7 @@ from finetune_pipeline.pipeline.loop_files import constraint
 from finetune_pipeline.records import Feedback, Interaction
 from finetune_pipeline.registry.champion import champion_ids
 from finetune_pipeline.serving.access import Access
+from finetune_pipeline.serving.comparer import COMPARE_SECONDS, compare_next
 from finetune_pipeline.serving.deployer import DEPLOY_SECONDS, deploy_due
 from finetune_pipeline.serving.errors import BadRequest, NotFound, Unavailable
 from finetune_pipeline.serving.loop_server import LoopServer
@@ -98,6 +99,8 @@ class Gateway:
         refreshes: list[Callable[[], Awaitable[None]]] = [partial(asyncio.to_thread, self.access.refresh)]
         refreshes += [partial(self.follow_champion, name) for name in self.servers]
         self._refreshing = [asyncio.create_task(_repeat(refresh)) for refresh in refreshes]
+        compare = partial(compare_next, self.loops, self.database)
+        self._refreshing.append(asyncio.create_task(_repeat(compare, COMPARE_SECONDS)))
         for loop in self.loops.values():
             if loop.deploy.followers:
                 deploy = partial(deploy_due, loop, self.database)
