@@ -48,6 +48,9 @@ class Folder:
         self._path = Path(settings.path)
         self._loop = loop
 
+    def check_config(self, release: Release) -> None:
+        """Accept everything: the folder records it, and whoever serves from it applies it."""
+
     def observe(self, release: Release) -> Observed:
         """Return the release that `current` names; the files of the wanted one are checked by hash."""
         current = self._path / CURRENT

@@ -91,6 +91,10 @@ class _LlamaServer:
         self._folder = Path(settings.folder)
         self._server = Connection(settings)
 
+    def check_config(self, release: Release) -> None:
+        """Raise TargetRefused for an option that llama-server does not have."""
+        server_options(release, for_ini=self._settings.form == "router")
+
     def prompt_tokens(self, release: Release, messages: list[Message]) -> list[int] | None:
         """Return the token ids of a conversation, by the two endpoints that use what the server's chat uses itself.
 

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetune_pipeline.deployment.ollama import load_tokenizer, model_parameters
+from finetune_pipeline.deployment.ollama import check_parameters, load_tokenizer, model_parameters
 from finetune_pipeline.deployment.target import Observed, Release, TargetError, TargetRefused
 from finetune_pipeline.records import Message
 from finetune_pipeline.settings import ModelfilesSettings, UpstreamSettings
@@ -40,6 +40,10 @@ class Modelfiles:
     def __init__(self, settings: ModelfilesSettings, loop: str) -> None:
         self.name = settings.key
         self._settings = settings
+
+    def check_config(self, release: Release) -> None:
+        """Raise TargetRefused for a setting that Ollama does not have."""
+        check_parameters(release.config)
 
     def observe(self, release: Release) -> Observed:
         """Return the release if it is recorded; the base model, which has no version, need not be."""

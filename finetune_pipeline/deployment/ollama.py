@@ -70,6 +70,10 @@ class Ollama:
         self._url = settings.url.rstrip("/")
         self._model = settings.model or loop
 
+    def check_config(self, release: Release) -> None:
+        """Raise TargetRefused for a parameter that Ollama does not have."""
+        check_parameters(release.config)
+
     def observe(self, release: Release) -> Observed:
         """Return the release whose digest the applications' name has, and check that its GGUF is the release's."""
         self._check_server()
@@ -395,7 +399,28 @@ def model_parameters(release: Release, tokenizer: Any) -> dict[str, Any]:
     Raises:
         TargetRefused: `Release.config` has a parameter that Ollama does not apply, or a value of another type.
     """
-    for name, value in release.config.items():
+    check_parameters(release.config)
+    try:
+        ends = _end_texts(release, tokenizer)
+    except RequestRefused as error:
+        raise TargetRefused(f"{release.name} cannot be served by Ollama: {error}") from error
+    defaults = {
+        "num_ctx": release.context,
+        "num_predict": release.max_tokens,
+        "temperature": 0,
+        "repeat_penalty": 1,
+        "stop": ends,
+    }
+    return {**defaults, **release.config}
+
+
+def check_parameters(config: Mapping[str, Any]) -> None:
+    """Raise an error unless Ollama applies all of these settings.
+
+    Raises:
+        TargetRefused: Ollama has no such parameter, or it expects a value of another type.
+    """
+    for name, value in config.items():
         expected = PARAMETERS.get(name)
         if expected is None:
             meant = nearest(name, PARAMETERS)
@@ -413,18 +438,6 @@ def model_parameters(release: Release, tokenizer: Any) -> dict[str, Any]:
                 expected[-1]
             ]
             raise TargetRefused(f"deploy.config: {name} is {value!r}; Ollama expects {wanted}")
-    try:
-        ends = _end_texts(release, tokenizer)
-    except RequestRefused as error:
-        raise TargetRefused(f"{release.name} cannot be served by Ollama: {error}") from error
-    defaults = {
-        "num_ctx": release.context,
-        "num_predict": release.max_tokens,
-        "temperature": 0,
-        "repeat_penalty": 1,
-        "stop": ends,
-    }
-    return {**defaults, **release.config}
 
 
 def load_tokenizer(release: Release) -> Any:

@@ -96,6 +96,9 @@ class Target(Protocol):
     wants_merged_folder: bool
     """Whether `stage` needs `Release.merged_folder`."""
 
+    def check_config(self, release: Release) -> None:
+        """Raise TargetRefused for a setting in `Release.config` that `stage` would refuse; send nothing."""
+
     def observe(self, release: Release) -> Observed:
         """Return what the target serves now; `release` is the wanted one, whose identity it can compare with."""
 

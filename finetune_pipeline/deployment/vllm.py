@@ -77,6 +77,10 @@ class Vllm:
         self._server = Connection(settings)
         self._staged: dict[str, str] = {}  # label -> name of the model at the server
 
+    def check_config(self, release: Release) -> None:
+        """Raise TargetRefused for a setting that vLLM does not have."""
+        self._options(release)
+
     def observe(self, release: Release) -> Observed:
         """Return the release that was activated last, if the server still has it and its files are unchanged."""
         models = self._models()

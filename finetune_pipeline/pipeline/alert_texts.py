@@ -1,4 +1,4 @@
-"""The texts of alerts: about an ended run, and about a deployment target."""
+"""The texts of alerts: about an ended run, a promotion by a person, and a deployment target."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,6 +10,8 @@ from finetune_pipeline.deployment.target_state import TargetState
 from finetune_pipeline.evaluation.report import HTML
 from finetune_pipeline.manifests import PromotionManifest, ReportManifest
 from finetune_pipeline.pipeline.summary import approval_of, next_after_verdict
+from finetune_pipeline.registry.deployment_history import Deployment
+from finetune_pipeline.registry.model_versions import ModelVersion
 from finetune_pipeline.settings import LoopSettings, with_loop
 from finetune_pipeline.validation_messages import without_values
 from finetune_pipeline.wording import first_line
@@ -33,9 +35,7 @@ def promotion_or_rejection(loop: LoopSettings, run_id: str, *, judged_before: bo
         return None
     manifest, key, link = report.manifest, _key(run_id), str(report.path / HTML)
     if promotion is not None:
-        undo = with_loop("finetune model rollback", loop)
-        text = f"{manifest.reason}\nnext: it serves from now on; undo it with `{undo}`"
-        return Alert("promotion", key, f"{promotion.manifest.model} is the champion now", text, link)
+        return _promotion(loop, key, promotion.manifest.model, manifest.reason, link)
     if pending := approval_of(loop, manifest.comparison_id):
         text = f"{manifest.reason}\nnext: {pending.summary}"
         return Alert("approval", key, f"{pending.name} waits for approval", text, link)
@@ -45,6 +45,19 @@ def promotion_or_rejection(loop: LoopSettings, run_id: str, *, judged_before: bo
     result = "the comparison is inconclusive" if inconclusive else "the challenger was evaluated and not promoted"
     text = f"{manifest.reason}\nnext: {next_after_verdict(manifest.decision)}"
     return Alert("rejection", key, f"{loop.name}: {result}", text, link)
+
+
+def promotion_by_person(loop: LoopSettings, model: ModelVersion, deployment: Deployment) -> Alert:
+    """Return the alert about a promotion that a person approved, forced or started."""
+    by = {"approve": "approved by", "force": "forced by"}.get(deployment.action, "promoted by")
+    reason = f"{by} {deployment.actor}: {deployment.reason}"
+    return _promotion(loop, f"deployment {deployment.id}", model.name, reason, str(model.report_path))
+
+
+def _promotion(loop: LoopSettings, key: str, model: str, reason: str, link: str) -> Alert:
+    undo = with_loop("finetune model rollback", loop)
+    text = f"{reason}\nnext: it serves from now on; undo it with `{undo}`"
+    return Alert("promotion", key, f"{model} is the champion now", text, link)
 
 
 def failure(loop: LoopSettings, run_id: str, step: str, causes: Sequence[str], log: str = "") -> Alert:

@@ -5,7 +5,8 @@ wrong can neither block nor change the registry; it is brought to the champion l
 """
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from finetune_pipeline.pipeline.deploy_parity import ParityError, check_parity
 from finetune_pipeline.pipeline.lineage import card
 from finetune_pipeline.pipeline.merged_model import merged_model
 from finetune_pipeline.registry.champion import champion
-from finetune_pipeline.registry.deployment_history import list_deployments
+from finetune_pipeline.registry.deployment_history import list_deployments, newest_deployment_in
 from finetune_pipeline.registry.model_versions import (
     CandidateModel,
     ModelVersion,
@@ -82,6 +83,18 @@ _EXPECTED = (
 _log = logging.getLogger(__name__)
 
 
+class ConfigRefused(RuntimeError):
+    """A deployment target cannot apply a `deployment_config`.
+
+    Attributes:
+        key: the setting; empty if it is their combination.
+    """
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 def release_of(
     loop: LoopSettings,
     model: CandidateModel | None,
@@ -105,7 +118,7 @@ def release_of(
         "system_prompt": loop.system_prompt,
         "context": loop.serving.context or loop.evaluation.context,
         "max_tokens": loop.serving.max_tokens or loop.evaluation.max_tokens,
-        "config": loop.deploy.config,
+        "config": config_in_effect(loop, connect()),
     }
     if model is None:
         folder, base = resolve_base_model(loop.base_model), base_gguf_artifact(loop, log)
@@ -142,6 +155,46 @@ def release_of(
         promoted_at=model.created_at if isinstance(model, ModelVersion) else None,
         **shared,
     )
+
+
+def config_in_effect(loop: LoopSettings, db: Database) -> dict[str, Any]:
+    """Return the `deployment_config` of the loop's newest deployment: its request's over the settings'."""
+    with db.read() as connection:
+        newest = newest_deployment_in(connection, loop.name)
+    requested = newest.requested_config if newest else None
+    return {**loop.deploy.config, **(requested or {})}
+
+
+def check_config(loop: LoopSettings, model: CandidateModel | None, config: Mapping[str, Any]) -> None:
+    """Raise an error unless each of the loop's targets can apply each setting of a request; nothing is sent to it.
+
+    Args:
+        model: the model that is to be deployed; None for the base model.
+        config: `deployment_config` of the request.
+
+    Raises:
+        ConfigRefused: a target cannot apply a setting, or the loop has no target.
+        RegistryError: a file of the model is missing or differs from the evaluated one.
+        ArtifactError: as in `release_of`.
+    """
+    if not config:
+        return
+    if not loop.deploy.followers:
+        raise ConfigRefused(
+            f"{next(iter(config))}: loop {loop.name} has no deployment target that could apply it; add one under "
+            "deploy.targets, or leave it out",
+            next(iter(config)),
+        )
+    release = release_of(loop, model)
+    together = {"": dict(config)} if len(config) > 1 else {}  # alone first, so that the error names the setting
+    for key, part in ({name: {name: value} for name, value in config.items()} | together).items():
+        asked = replace(release, config={**loop.deploy.config, **part})
+        for setting in loop.deploy.followers:
+            try:
+                open_target(setting, loop.name).check_config(asked)
+            except TargetRefused as error:
+                reason = str(error).removeprefix("deploy.config: ")
+                raise ConfigRefused(f"{reason} (target {setting.key})", key) from error
 
 
 def _base_folder(loop: LoopSettings, model: CandidateModel) -> Path:

@@ -1,10 +1,12 @@
 """Promote a challenger: apply the gate again to its report, then make it the champion."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune_pipeline.alerts import send
 from finetune_pipeline.artifacts import (
     Artifact,
     ArtifactError,
@@ -25,6 +27,7 @@ from finetune_pipeline.evaluation.gate import Verdict
 from finetune_pipeline.evaluation.report import JSON, findings_of_report
 from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.pipeline import loop_files
+from finetune_pipeline.pipeline.alert_texts import promotion_by_person
 from finetune_pipeline.pipeline.approval import (
     EVALUATE_AGAIN,
     ask_for_approval,
@@ -43,7 +46,7 @@ from finetune_pipeline.pipeline.sealed_benchmark import sealed_findings, sealed_
 from finetune_pipeline.registry.approvals import Approval, ApprovalError
 from finetune_pipeline.registry.champion import champion, promote
 from finetune_pipeline.registry.comparisons import find_comparison
-from finetune_pipeline.registry.deployment_history import list_deployments
+from finetune_pipeline.registry.deployment_history import PROMOTING, list_deployments
 from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError
 from finetune_pipeline.registry.regression_questions import questions_of_model
@@ -89,6 +92,8 @@ def promote_challenger(
     gguf: Artifact[GgufManifest],
     actor: str,
     log: Callable[[str], None],
+    config: Mapping[str, Any] | None = None,
+    note: str = "",
 ) -> Promotion | NotPromoted | NotApproved:
     """Make a challenger the champion if the gate accepts it, and a person too if `approval: required`.
 
@@ -99,6 +104,8 @@ def promote_challenger(
 
     Args:
         actor: who promotes, for the deployment history.
+        config: `deployment_config` of a request, over `deploy.config`.
+        note: what a person says about it, for the history, before the gate's reason.
 
     Raises:
         ReportMismatchError: the report is not about these files, settings or this champion.
@@ -112,9 +119,9 @@ def promote_challenger(
         return NotPromoted(f"{NOT_PROMOTED}{verdict.reason}")
     candidate = candidate_of(gguf, report.manifest.version)
     comparison_id, previous_id = report.manifest.comparison_id, report.manifest.champion_id
-    reason = verdict.reason.split("\n")[0]
+    reason = "; ".join(filter(None, (note, verdict.reason.split("\n")[0])))
     # Of two people who approve at once, one waits here: both would write the same answers and the same artifact.
-    with wait_for_lock(stage_folder(loop.name, PromotionManifest.stage) / ".promotion", "promotion", log):
+    with _promotion_lock(loop, log):
         serving = champion(connect(), loop.name)
         is_new = serving is None or serving.sha256 != report.manifest.challenger_sha256
         action: Literal["promote", "approve"] = "promote"
@@ -128,17 +135,30 @@ def promote_challenger(
             scorer, progress = loop_files.scorer(loop), ProgressLog(log)
             fixed = fixed_corrections(loop, gguf, scorer, progress)
             sealed = sealed_scores(loop, model_spec(gguf), report.path / JSON, scorer, progress)
-        config = loop.deploy.config
         model = promote(
-            connect(), candidate, previous_id, actor, reason, comparison_id, action, config, fixed=fixed, sealed=sealed
+            connect(),
+            candidate,
+            previous_id,
+            actor,
+            reason,
+            comparison_id,
+            action,
+            loop.deploy.config,
+            fixed=fixed,
+            sealed=sealed,
+            requested=config,
         )
         return Promotion(_record(loop, model, report.manifest.version, previous_id), model, verdict)
+
+
+def _promotion_lock(loop: LoopSettings, log: Callable[[str], None]) -> AbstractContextManager[None]:
+    return wait_for_lock(stage_folder(loop.name, PromotionManifest.stage) / ".promotion", "promotion", log)
 
 
 def approve_challenger(
     loop: LoopSettings, challenger: Challenger, actor: str, reason: str, log: Callable[[str], None]
 ) -> Promotion:
-    """Record that a person approves a challenger that the gate accepted, and make it the champion.
+    """Record that a person approves a challenger that the gate accepted, and make it the champion; send an alert.
 
     After a kill between the two, the same call, or the next materialization of promoted_model, does the rest.
 
@@ -177,25 +197,47 @@ def approve_challenger(
     if not isinstance(result, Promotion):  # somebody rejected it, or it became void, since the decision above
         reason = result.approval.reason if isinstance(result, NotApproved) else result.reason
         raise ApprovalError(f"{challenger.name} was not promoted: {reason}")
+    _tell(loop, result.model, actor)
     return result
 
 
 def promote_accepted(
-    loop: LoopSettings, challenger: Challenger, actor: str, log: Callable[[str], None]
+    loop: LoopSettings,
+    challenger: Challenger,
+    actor: str,
+    log: Callable[[str], None],
+    config: Mapping[str, Any] | None = None,
+    note: str = "",
 ) -> Promotion | NotPromoted | NotApproved:
-    """Promote a challenger as the asset promoted_model does, from its newest report.
+    """Promote a challenger as the asset promoted_model does, from its newest report; send an alert.
+
+    Args:
+        config, note: as in `promote_challenger`.
 
     Raises:
         ArtifactError: it was not evaluated, or see `promote_challenger`.
         ChampionChangedError: another process changed the champion at the same time.
     """
-    return promote_challenger(loop, _report_of(challenger), challenger.gguf, actor, log)
+    result = promote_challenger(loop, _report_of(challenger), challenger.gguf, actor, log, config, note)
+    if isinstance(result, Promotion):
+        _tell(loop, result.model, actor)
+    return result
 
 
-def force_challenger(loop: LoopSettings, challenger: Challenger, actor: str, reason: str) -> ModelVersion:
-    """Make a challenger the champion although the gate or a person did not accept it.
+def force_challenger(
+    loop: LoopSettings,
+    challenger: Challenger,
+    actor: str,
+    reason: str,
+    config: Mapping[str, Any] | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> ModelVersion:
+    """Make a challenger the champion although the gate or a person did not accept it; send an alert.
 
     Its blocking checks must have passed, and its files must be what a run wrote. It replaces whatever serves now.
+
+    Args:
+        config: `deployment_config` of a request, over `deploy.config`.
 
     Raises:
         RequiredChecksError: a blocking check of the model or of a dataset that it was trained on did not pass.
@@ -208,12 +250,23 @@ def force_challenger(loop: LoopSettings, challenger: Challenger, actor: str, rea
         )
     check_unaltered(challenger.gguf)
     check_proven(challenger.gguf)
-    candidate, serving = candidate_of(challenger.gguf, challenger.comparison.id), champion(connect(), loop.name)
-    previous_id = serving.id if serving else None
-    compared = challenger.comparison.id
-    model = promote(connect(), candidate, previous_id, actor, reason, compared, "force", loop.deploy.config)
-    _record(loop, model, compared, previous_id)
+    compared, settings = challenger.comparison.id, loop.deploy.config
+    candidate = candidate_of(challenger.gguf, compared)
+    with _promotion_lock(loop, log):  # of two people who force at once, both would write the same artifact
+        serving = champion(connect(), loop.name)
+        previous_id = serving.id if serving else None
+        model = promote(connect(), candidate, previous_id, actor, reason, compared, "force", settings, requested=config)
+        _record(loop, model, compared, previous_id)
+    _tell(loop, model, actor)
     return model
+
+
+def _tell(loop: LoopSettings, model: ModelVersion, actor: str) -> None:
+    """Send the alert about a promotion by a person, once; a run of Dagster sends its own."""
+    newest = list_deployments(connect(), loop.name)[-1]
+    by_person = newest.action != "promote" or newest.actor == actor
+    if newest.model_id == model.id and newest.action in PROMOTING and by_person:
+        send(loop, promotion_by_person(loop, model, newest))
 
 
 def _report_of(challenger: Challenger) -> Artifact[ReportManifest]:

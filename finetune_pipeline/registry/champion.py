@@ -26,6 +26,7 @@ from finetune_pipeline.registry.deployment_history import (
     promotions_in,
     record_deployment_in,
     record_note_in,
+    stacked_deployments,
 )
 from finetune_pipeline.registry.model_versions import (
     CandidateModel,
@@ -118,6 +119,7 @@ def promote(
     config: Config = None,
     fixed: Sequence[RegressionQuestion] = (),
     sealed: SealedScores | None = None,
+    requested: Config = None,
 ) -> ModelVersion:
     """Register a candidate and make it the champion, in one transaction.
 
@@ -134,7 +136,8 @@ def promote(
         comparison_id: the recorded comparison that justifies the promotion; optional for "force".
         action: "approve" requires a person's approval of the comparison too. "force" overrules the gate, but still
             requires the expected champion.
-        config: `deployment_config`, for the history.
+        config: `deploy.config`, for the history.
+        requested: `deployment_config` of the request, which stays in effect over it until the next deployment.
         fixed: corrections that the candidate answers correctly, for the regression suite.
         sealed: its scores on the sealed benchmark, if this promotion asks it.
 
@@ -158,16 +161,24 @@ def promote(
         check_files_exist(candidate)  # they may have been deleted while this waited for the lock
         model = register_in(locked.connection, candidate, locked.now)
         record_questions_in(locked.connection, candidate.loop, model.id, fixed, locked.now)
-        model = locked.deploy(model.id, action, actor, reason, comparison_id, config) or model
+        model = locked.deploy(model.id, action, actor, reason, comparison_id, config, requested) or model
         if sealed and locked.current_id != model.id:
             record_look_in(locked.connection, candidate.loop, model.id, sealed, locked.now)
         return model
 
 
 def switch(
-    db: Database, loop: str, version: str, actor: str, reason: str, config: Config = None
+    db: Database,
+    loop: str,
+    version: str,
+    actor: str,
+    reason: str,
+    config: Config = None,
+    requested: Config = None,
 ) -> ModelVersion | None:
-    """Make an earlier version, or the base model ("base"), the champion; `config` is as in `promote`.
+    """Make an earlier version, or the base model ("base"), the champion; `config` and `requested` are as in `promote`.
+
+    A switch to the champion changes nothing, unless `requested` differs from what is in effect.
 
     Raises:
         UnknownVersionError: no model has this version; the message lists the known ones.
@@ -180,11 +191,19 @@ def switch(
     if target is not None:
         check_files(target, again=False)  # before the transaction: nothing should wait while gigabytes are hashed
     with lock_champion(db, loop) as locked:
-        return locked.deploy(target.id if target else None, "switch", actor, reason, config=config)
+        return locked.deploy(target.id if target else None, "switch", actor, reason, None, config, requested)
 
 
-def rollback(db: Database, loop: str, actor: str, reason: str, config: Config = None) -> ModelVersion | None:
+def rollback(
+    db: Database, loop: str, actor: str, reason: str, config: Config = None, expected: str | None = None
+) -> ModelVersion | None:
     """Restore the previous champion; a second rollback goes one more step back. `config` is as in `promote`.
+
+    The `deployment_config` that was requested for the restored deployment is in effect again.
+
+    Args:
+        expected: name of the champion whose deployment is undone, so that two people who roll back at once go one step
+            back together; None: whatever serves.
 
     Raises:
         RegistryError: there is nothing to roll back to, the files of the previous champion were deleted or differ
@@ -193,6 +212,11 @@ def rollback(db: Database, loop: str, actor: str, reason: str, config: Config = 
     """
     _check_actor_and_reason("rollback", actor, reason)
     before = champion(db, loop)
+    if expected not in {None, before.name if before else f"{loop}@{BASE}"}:
+        raise ChampionChangedError(
+            f"{expected} does not serve, but {before.name if before else f'{loop}@{BASE}'}; nothing was changed. Roll "
+            "back the model that serves, or deploy the one that should"
+        )
     target = resolve(db, "previous", loop)
     if target is not None:
         check_files(target, again=False)
@@ -200,7 +224,9 @@ def rollback(db: Database, loop: str, actor: str, reason: str, config: Config = 
     with lock_champion(db, loop) as locked:
         if locked.current_id != before_id or _previous_id(locked.connection, loop) != target_id:
             raise _changed(locked.connection, loop, before_id)
-        return locked.deploy(target_id, "rollback", actor, reason, config=config)
+        restored = stacked_deployments(deployments_in(locked.connection, loop))[-2]
+        requested = restored.requested_config if restored else None
+        return locked.deploy(target_id, "rollback", actor, reason, None, config, requested)
 
 
 def archive(db: Database, loop: str, version: str, actor: str, reason: str) -> ModelVersion:
@@ -268,11 +294,12 @@ class LockedChampion:
         reason: str,
         comparison_id: str | None = None,
         config: Config = None,
+        requested: Config = None,
     ) -> ModelVersion | None:
         """Make a model the champion, update the times of both models, and record the deployment.
 
         Deploying the current champion again changes nothing, except for a rollback, which always goes one step back in
-        the history.
+        the history, and for a switch with another requested config.
 
         Returns:
             The new champion; None for the base model.
@@ -290,7 +317,9 @@ class LockedChampion:
         if target is not None and action in {"switch", "rollback"}:
             _check_promoted(self.connection, target)
         if model_id == self.current_id and action != "rollback":
-            return target
+            newest = newest_deployment_in(self.connection, self.loop)
+            if action != "switch" or (requested or None) == (newest.requested_config if newest else None):
+                return target
         here = champions.c.loop == self.loop
         self.connection.execute(sa.update(champions).where(here).values(model_id=model_id, updated_at=self.now))
         self.update_model(self.current_id, retired_at=self.now)
@@ -305,7 +334,8 @@ class LockedChampion:
             reason=reason,
             comparison_id=comparison_id,
             created_at=self.now,
-            config=dict(config) if config else None,
+            config={**(config or {}), **(requested or {})} or None,
+            requested_config=dict(requested) if requested else None,
         )
         return model_in(self.connection, self.loop, model_id) if model_id else None
 

@@ -33,6 +33,8 @@ class Deployment(Record):
         model_id: None is the base model. A rejected challenger has an id too, and no version.
         previous_id: the champion before; None is the base model, and that the champion did not change.
         config: `deployment_config`, with which the deployment was made: settings of the servers; None without any.
+        requested_config: the part of it that came with the request. It stays in effect over `deploy.config` until the
+            loop's next deployment.
     """
 
     id: int
@@ -45,6 +47,7 @@ class Deployment(Record):
     comparison_id: str | None
     created_at: UtcDatetime
     config: dict[str, Any] | None = None
+    requested_config: dict[str, Any] | None = None
 
 
 def list_history(db: Database, loop: str, after: int = 0) -> list[Deployment]:
@@ -118,12 +121,17 @@ def deployment_stack(deployments: Iterable[Deployment]) -> Sequence[str | None]:
     A promotion or switch pushes a model; a rollback pops one. A second rollback therefore goes one more step
     back, instead of returning to the model that the first one left.
     """
-    stack: list[str | None] = [None]
+    return [one.model_id if one else None for one in stacked_deployments(deployments)]
+
+
+def stacked_deployments(deployments: Iterable[Deployment]) -> Sequence[Deployment | None]:
+    """Return the deployments that made the champions of `deployment_stack`; None is the base model at the start."""
+    stack: list[Deployment | None] = [None]
     for deployment in deployments:
         if deployment.action == "rollback":
             stack.pop()
         else:
-            stack.append(deployment.model_id)
+            stack.append(deployment)
     return stack
 
 

@@ -29,8 +29,10 @@ from finetune_pipeline.serving import (
     admin,
     completions,
     feedback,
+    fine_tuning_comparisons,
     fine_tuning_datasets,
     fine_tuning_jobs,
+    fine_tuning_models,
     openai_fine_tuning,
     responses_api,
 )
@@ -65,6 +67,8 @@ BODIES: dict[str, type[BaseModel]] = {
     openai_fine_tuning.JOBS_PATH: FineTuningJobRequest,
     fine_tuning_jobs.JOBS_PATH: fine_tuning_jobs.JobRequest,
     fine_tuning_datasets.EXPORT_PATH: fine_tuning_datasets.ExportRequest,
+    **fine_tuning_models.BODIES,
+    **fine_tuning_comparisons.BODIES,
     "/admin/reload-model": AdminRequest,
     "/admin/rollback": AdminRequest,
 }
@@ -83,6 +87,8 @@ ROUTERS = (
     openai_fine_tuning.router,
     fine_tuning_datasets.router,
     fine_tuning_jobs.router,
+    fine_tuning_models.router,
+    fine_tuning_comparisons.router,
     admin.router,
 )
 

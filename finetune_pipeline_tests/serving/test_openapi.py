@@ -14,6 +14,13 @@ from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.snapshot import snapshot
+from finetune_pipeline.registry.requested_comparisons import (
+    ComparedPair,
+    RequestedComparison,
+    claim_comparison,
+    create_comparison,
+    new_comparison_id,
+)
 from finetune_pipeline.registry.training_jobs import TrainingJob, create_job
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline_tests.orchestration.conftest import corrected
@@ -29,10 +36,16 @@ OPERATIONS = [
     "GET /v1/files",
     "GET /v1/files/{file_id}",
     "GET /v1/files/{file_id}/content",
+    "GET /v1/fine-tuning/comparisons",
+    "GET /v1/fine-tuning/comparisons/{comparison_id}",
+    "GET /v1/fine-tuning/comparisons/{comparison_id}/pairs",
     "GET /v1/fine-tuning/datasets",
+    "GET /v1/fine-tuning/deployments",
     "GET /v1/fine-tuning/jobs",
     "GET /v1/fine-tuning/jobs/{job_id}",
     "GET /v1/fine-tuning/jobs/{job_id}/events",
+    "GET /v1/fine-tuning/models",
+    "GET /v1/fine-tuning/models/{model_id}",
     "GET /v1/fine_tuning/jobs",
     "GET /v1/fine_tuning/jobs/{job_id}",
     "GET /v1/fine_tuning/jobs/{job_id}/checkpoints",
@@ -41,18 +54,28 @@ OPERATIONS = [
     "GET /v1/models",
     "GET /v1/models/{model}",
     "GET /v1/responses/{id}",
+    "POST /admin/approve",
     "POST /admin/reload-model",
     "POST /admin/rollback",
     "POST /v1/chat/completions",
     "POST /v1/completions",
     "POST /v1/feedback",
     "POST /v1/files",
+    "POST /v1/fine-tuning/comparisons",
+    "POST /v1/fine-tuning/comparisons/{comparison_id}/cancel",
+    "POST /v1/fine-tuning/comparisons/{comparison_id}/votes",
     "POST /v1/fine-tuning/datasets/export",
     "POST /v1/fine-tuning/datasets/upload",
     "POST /v1/fine-tuning/jobs",
     "POST /v1/fine-tuning/jobs/{job_id}/cancel",
     "POST /v1/fine-tuning/jobs/{job_id}/pause",
     "POST /v1/fine-tuning/jobs/{job_id}/resume",
+    "POST /v1/fine-tuning/models/{model_id}/approve",
+    "POST /v1/fine-tuning/models/{model_id}/archive",
+    "POST /v1/fine-tuning/models/{model_id}/deploy",
+    "POST /v1/fine-tuning/models/{model_id}/reject",
+    "POST /v1/fine-tuning/models/{model_id}/rollback",
+    "POST /v1/fine-tuning/models/{model_id}/unarchive",
     "POST /v1/fine_tuning/jobs",
     "POST /v1/fine_tuning/jobs/{job_id}/cancel",
     "POST /v1/fine_tuning/jobs/{job_id}/pause",
@@ -118,6 +141,13 @@ def use_existing(body):
         body["interaction_id"] = EXISTING
     if isinstance(body.get("previous_response_id"), str) and len(body["previous_response_id"]) <= 200:
         body["previous_response_id"] = EXISTING
+    if "deployment_config" in body:  # the loop has no deployment target
+        body["deployment_config"] = None
+    if body.get("force") is True and body.get("reason") is None:  # it is needed then
+        body["reason"] = "needed"
+    for name in ("tuned", "base"):
+        if isinstance(body.get(name), str) and re.fullmatch("[A-Za-z0-9][A-Za-z0-9._:/@-]{0,199}", body[name]):
+            body[name] = "notes@v1.0.0" if name == "tuned" else "notes@base"
     if "training_file" in body and isinstance(body.get("model"), str) and 0 < len(body["model"]) <= 500:
         body["model"] = "notes"  # an unknown one is 400 here
     if isinstance(body.get("method"), dict):
@@ -241,9 +271,15 @@ warnings.fail-on = ["missing_test_data"]
 "path.model" = "notes"
 "path.job_id" = "{job}"
 "query.loop" = "notes"
+"path.model_id" = "notes@base"
+"path.comparison_id" = "{comparison}"
 
 [[operations]]
 include-path = "/admin/rollback"  # there is no earlier deployment, which is 404
+warnings = false
+
+[[operations]]
+include-path = "/admin/approve"  # nothing waits, which is 409, and made-up names are 404
 warnings = false
 
 [[operations]]
@@ -256,12 +292,24 @@ warnings = false
 """
 
 
+def completed_comparison():
+    """Record a comparison with a pair to vote on, and return its id."""
+    db, id = connect(), new_comparison_id()
+    made = {"id": id, "loop": "notes", "base": "notes@base", "base_id": None, "tuned": "notes@v1.0.0", "tuned_id": "1"}
+    create_comparison(db, RequestedComparison(**made, created_by="tests", created_at=datetime.now(UTC)))
+    pair = {"comparison_id": id, "number": 1, "prompt": "p", "base_answer": "b", "tuned_answer": "t", "swapped": False}
+    claim_comparison(db, id).finish([ComparedPair(**pair)], base_wins=0, tuned_wins=1, ties=0, p_value=0.5)
+    return id
+
+
 def test_schemathesis_finds_no_error(keyed, tmp_path):
     running, key = keyed
     (tmp_path / "hooks.py").write_text(HOOKS)
     # Objects that exist, because most made-up ids and names get no further than a 404.
     existing = running.openai(api_key=key).responses.create(model="notes", input="a wall", max_output_tokens=16).id
-    (tmp_path / "schemathesis.toml").write_text(CONFIG.format(id=existing, job=JOB))
+    comparison = completed_comparison()
+    config = CONFIG.format(id=existing, job=JOB, comparison=comparison)
+    (tmp_path / "schemathesis.toml").write_text(config)
     environment = {**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path), "INTERACTION": existing}
     program = [sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json"]
     options = ["--header", f"Authorization: Bearer {key}", "--max-examples", "15", "--seed", "1", "--no-color"]
