@@ -301,9 +301,10 @@ class Orchestrator:
             response.raise_for_status()
             body = response.json()
         except (httpx.HTTPError, ValueError) as error:
+            found = f"{type(error).__name__}: {first_line(str(error))}"
             raise OrchestratorDown(
-                f"Dagster does not answer at {self.url} ({type(error).__name__}: {error}). Start it with "
-                "`finetune ui`, or set FINETUNE_DAGSTER_URL to where its webserver runs"
+                f"Dagster does not answer at {self.url} ({found}). Start it with `finetune ui`, or set "
+                "FINETUNE_DAGSTER_URL to where its webserver runs"
             ) from error
         if body.get("errors"):
             raise OrchestratorError("Dagster: " + "; ".join(error["message"] for error in body["errors"]))

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from finetune_pipeline.database import connect
+from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.orchestrator import Orchestrator
 from finetune_pipeline.pipeline.jobs import JOB_TAG
 from finetune_pipeline.registry.training_jobs import list_jobs, runs_of
@@ -23,6 +24,7 @@ PATH = "/v1/fine-tuning"
 @pytest.fixture
 def gateway(server, loop):  # noqa: F811
     """Run a gateway for the loop and the Dagster of this file."""
+    base_gguf(loop, print)  # the gateway finds it
     where = {"FINETUNE_DAGSTER_URL": server.url}
     with process("--loop", loop.name, port=free_port(), **server.env, **where) as (running, _):
         yield running
@@ -75,6 +77,7 @@ def test_a_run_that_is_terminated_in_dagsters_ui_cancels_the_job_and_its_trainin
 
 
 def test_a_gateway_that_is_killed_between_the_row_and_the_launch_launches_after_its_restart(server, loop):  # noqa: F811
+    base_gguf(loop, print)
     orchestrator = Orchestrator(server.url)
     body = json.dumps({"training": {"num_train_epochs": 1, "seed": 12}})
     with SlowDagster(server.url) as dagster:

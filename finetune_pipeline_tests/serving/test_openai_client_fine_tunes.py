@@ -9,13 +9,14 @@ import openai
 import pytest
 import yaml
 
-from finetune_pipeline.settings import COMPONENT_TYPE, home
+from finetune_pipeline.export.base_gguf import base_gguf
+from finetune_pipeline.settings import COMPONENT_TYPE, home, read_loop
 from finetune_pipeline_tests.serving.conftest import free_port, process
 from finetune_pipeline_tests.serving.test_openai_fine_tuning import BENCHMARK, NAMES, chat, jsonl
 from finetune_pipeline_tests.waiting import wait_until
 
 # Dagster's webserver and daemon, the gateway, and several trainings: run by `make test-servers`.
-pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +34,13 @@ def client(own_home, tmp_path_factory):
         "evaluation": {"benchmark": str(benchmark), "metric": "rouge1", "max_tokens": 24, "context": 192},
     }
     (loops / "notes" / "defs.yaml").write_text(yaml.safe_dump({"type": COMPONENT_TYPE, "attributes": attributes}))
+    base_gguf(read_loop(loops / "notes" / "defs.yaml"), print)  # the gateway finds it
     port, address = free_port(), os.environ | {"FINETUNE_LOOPS_DIR": str(loops)}
     log = (home() / "dagster.log").open("w")
     command = [sys.executable, "-m", "finetune_pipeline.cli.main", "ui", "--port", str(port)]
     dagster = subprocess.Popen(command, env=address, stdout=log, stderr=log)
     try:
-        wait_until(lambda: dagster.poll() is not None or _answers(f"http://127.0.0.1:{port}/server_info"))
+        wait_until(lambda: dagster.poll() is not None or _answers(f"http://127.0.0.1:{port}/server_info"), 900)
         assert dagster.poll() is None, (home() / "dagster.log").read_text()
         gateway_port = free_port()
         arguments = {"FINETUNE_LOOPS_DIR": str(loops), "FINETUNE_DAGSTER_URL": f"http://127.0.0.1:{port}"}
@@ -46,7 +48,7 @@ def client(own_home, tmp_path_factory):
             yield running.openai()
     finally:
         dagster.terminate()
-        dagster.wait(60)
+        dagster.wait(300)
         log.close()
 
 
@@ -79,7 +81,7 @@ def test_the_official_client_fine_tunes_and_chats_with_the_result(client):
 
     wait_until(lambda: any(event.type == "metrics" for event in jobs.list_events(job.id)), 600)
     jobs.pause(job.id)
-    wait_until(lambda: jobs.retrieve(job.id).status == "paused", 300)
+    wait_until(lambda: jobs.retrieve(job.id).status == "paused", 600)
     assert jobs.checkpoints.list(job.id).data == []
     jobs.resume(job.id)
     wait_until(lambda: jobs.retrieve(job.id).status in ("succeeded", "failed", "cancelled"), 600)
