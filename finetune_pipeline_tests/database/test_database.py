@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,7 @@ from finetune_pipeline.deployment.target_state import take_lease, target_states
 from finetune_pipeline.feedback.rewards import default_reward
 from finetune_pipeline.feedback.store import counters, find_interaction, recompute_marked, unmatched_feedback
 from finetune_pipeline.registry.deployment_history import list_deployments
+from finetune_pipeline.registry.training_jobs import find_job
 from finetune_pipeline.settings import database_url
 from finetune_pipeline_tests.conftest import start_together, uid
 
@@ -323,4 +325,20 @@ def test_examples_of_several_feedback_events_are_resolved_again_by_the_majority(
         found = [find_interaction(open_connection, uid(name)).example for name in "abc"]
         assert [one and one.reward for one in found] == [1.0, None, 0.7]  # c has one event and is left as it was
         assert counters(open_connection, "notes") == {"examples": 2, "rewarded": 2}
+    database.engine.dispose()
+
+
+def test_the_request_of_a_job_moves_from_its_metadata_to_a_column(url):
+    asked = {"model": "notes", "training_file": "file-1"}
+    kept = json.dumps({"team": "a", "finetune.request": json.dumps(asked)}).replace(":", r"\:")  # no parameters
+    columns = "id, loop, origin, created_by, settings, metadata, status, error, progress, created_at"
+    row = (
+        f"INSERT INTO training_jobs ({columns}) VALUES ('ftjob-{{0}}', 'notes', 'openai', 'key', '{{{{}}}}', '{{1}}', "
+        "'completed', '', '{{}}', '2026-01-01')"
+    )
+    migrate_to(url, "0025", [row.format("a" * 24, kept), row.format("b" * 24, "{}")])
+    database = connect(url)
+    first, second = (find_job(database, f"ftjob-{letter * 24}") for letter in "ab")
+    assert (first.request, first.metadata) == (asked, {"team": "a"})
+    assert (second.request, second.metadata) == (None, {})
     database.engine.dispose()
