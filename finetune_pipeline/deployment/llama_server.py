@@ -191,14 +191,18 @@ class LlamaRouter(_LlamaServer):
         self._load(release.name)
         return self._endpoint(release.name)
 
-    def activate(self, release: Release) -> None:
-        """Let the loop's section name the release's files, and restart the router's process of that name."""
+    def activate(self, release: Release) -> UpstreamSettings:
+        """Let the loop's section name the release's files, and restart the router's process of that name.
+
+        Under the name of its own, the release would be loaded a second time.
+        """
         files = self._put_files(release)
         self._wait_until_idle()
         self._write_section(self._loop, self._section(self._loop, files, self._options(release)))
         self._reload()
         self._load(self._loop)
         self._unload(release.name)  # it stays under its own name, and is loaded again if somebody asks for it
+        return self._endpoint(self._loop)
 
     def remove_old(self, keep: Collection[str]) -> list[str]:
         """Remove sections and files of the loop's other releases."""
@@ -395,12 +399,16 @@ class LlamaAdapters(_LlamaServer):
         lora = [{"id": one["id"], "scale": float(Path(one["path"]) == adapter)} for one in adapters]
         return self._endpoint(self._loop, extra_body={"lora": lora} if lora else {})
 
-    def activate(self, release: Release) -> None:
-        """Apply the release's adapter, and no other."""
+    def activate(self, release: Release) -> UpstreamSettings:
+        """Apply the release's adapter, and no other.
+
+        Requests name no adapter from now on: after a restart, the ids of `stage` may be of others.
+        """
         adapter = self._put_adapter(release)
         scales = [{"id": one["id"], "scale": float(Path(one["path"]) == adapter)} for one in self._adapters()]
         if scales:
             self._server.post("/lora-adapters", scales)
+        return self._endpoint(self._loop)
 
     def remove_old(self, keep: Collection[str]) -> list[str]:
         """Remove adapters that the server has not loaded: the command that started it must work once more."""

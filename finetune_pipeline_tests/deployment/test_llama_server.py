@@ -1,14 +1,9 @@
-"""llama-server in both forms: faults, files, presets and options. The real servers are in test_llama_server_real.py."""
+"""llama-server in both forms: faults, files, presets and options. Real ones: pipeline.test_deploy_llama_server."""
 
-import json
 import os
 import shlex
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -19,120 +14,10 @@ from finetune_pipeline.deployment.llama_server import PRESETS, open_llama_server
 from finetune_pipeline.deployment.target import Release, TargetError, TargetRefused
 from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.settings import LlamaServerTarget
+from finetune_pipeline_tests.deployment.llama_server_double import FakeServer, faking
 from finetune_pipeline_tests.pipeline.test_full_disk import small_disk
 
 from .conftest import STARTER
-
-
-class FakeServer(ThreadingHTTPServer):
-    """A router, and a server with adapters, that does what llama-server's source says, and faults on request.
-
-    Attributes:
-        presets: the file that the router reads.
-        models: status and section of each model.
-        adapters: path and scale of each adapter.
-        faults: path -> "reset", "silent", "text", or a status and a body.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, presets):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.presets, self.models, self.adapters, self.model_path = presets, {}, [], ""
-        self.faults, self.requests, self.ended, self.cached = {}, [], threading.Event(), 0
-
-    def answer(self, method, path, query, body):
-        match method, path:
-            case "GET", "/models":
-                if "reload" in query:
-                    self.reload()
-                listed = [
-                    {"id": name, "aliases": [], "status": {"value": status, "preset": text}}
-                    for name, (status, text) in self.models.items()
-                ]
-                return 200, {"data": listed}
-            case "POST", "/models/load":
-                status, text = self.models[body["model"]]
-                if status == "loaded":
-                    return 400, {"error": {"code": 400, "message": "model is already running"}}
-                self.models[body["model"]] = ("loaded", text)
-                return 200, {"success": True}
-            case "POST", "/models/unload":
-                self.models[body["model"]] = ("unloaded", self.models[body["model"]][1])
-                return 200, {"success": True}
-            case "GET", "/slots":
-                return 200, [{"is_processing": False}]
-            case "GET", "/lora-adapters":
-                return 200, [{"id": n, "path": path, "scale": s} for n, (path, s) in enumerate(self.adapters)]
-            case "POST", "/lora-adapters":
-                scales = {one["id"]: one["scale"] for one in body}
-                self.adapters = [(path, scales.get(n, 0)) for n, (path, _) in enumerate(self.adapters)]
-                return 200, {"success": True}
-            case "GET", "/props":
-                return 200, {"model_path": self.model_path}
-            case "POST", "/completion":
-                return 200, {"content": "", "timings": {"cache_n": self.cached}}
-            case "POST", "/apply-template":
-                return 200, {"prompt": "<s>" + "".join(one["content"] for one in body["messages"])}
-            case "POST", "/tokenize":
-                return 200, {"tokens": [*body["content"].encode()]}
-        return 404, {"error": {"code": 404, "message": "File Not Found"}}
-
-    def reload(self):
-        """Read the file as llama-server does: a model whose section changed is unloaded."""
-        sections = {}
-        for part in self.presets.read_text().split("\n[")[1:] if self.presets.exists() else []:
-            name, _, text = part.partition("]\n")
-            sections[name] = text.strip()
-        for name, text in sections.items():
-            if self.models.get(name, ("", ""))[1] != text:
-                self.models[name] = ("unloaded", text)
-        self.models = {name: value for name, value in self.models.items() if name in sections}
-
-    def handle_error(self, request, client_address):
-        """Whoever asks may hang up."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def answer(self):
-        parts = urlsplit(self.path)
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
-        self.server.requests.append((self.command, parts.path, body, dict(self.headers)))
-        fault = self.server.faults.get(f"{parts.path}?reload" if "reload" in parts.query else parts.path)
-        fault = fault or self.server.faults.get(parts.path)
-        if fault == "reset":
-            self.close_connection = True  # without a response
-            return
-        if fault == "silent":
-            self.server.ended.wait(60)
-            return
-        status, value = fault if isinstance(fault, tuple) else (None, None)
-        if status is None:
-            status, value = self.server.answer(self.command, parts.path, parse_qs(parts.query), body)
-        content = b"<html>a proxy</html>" if fault == "text" else json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_GET = do_POST = answer
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def faking(presets):
-    with FakeServer(presets) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.ended.set()
-            server.shutdown()
-            thread.join()
 
 
 @pytest.fixture
@@ -316,17 +201,6 @@ def test_an_alias_with_the_loops_name_is_refused_before_a_reload(router, fake, r
 # ----------------------------------------------------------------------------------------------------------- adapters
 
 
-def started(fake, command):
-    """Start the fake server as a printed command says."""
-    words = shlex.split(command)
-    assert words[0] == "llama-server"
-    flags = dict(zip(words[1::2], words[2::2], strict=False))
-    fake.model_path = flags["--model"]
-    scaled = [one.rpartition(":") for one in flags.get("--lora-scaled", "").split(",") if one]
-    fake.adapters = [(path, float(scale)) for path, _, scale in scaled]
-    fake.cached = 0 if "--no-cache-prompt" in words else 7
-
-
 def restart_command(target, one):
     with pytest.raises(TargetError) as caught:
         target.stage(one)
@@ -337,12 +211,12 @@ def restart_command(target, one):
 def test_new_adapters_need_a_restart_and_loaded_ones_do_not(adapters, fake, folder, release):
     base, first, second = release("base"), release(adapter="a1"), release("v1.1.0", adapter="a2")
     fake.model_path = "/elsewhere/base.gguf"
-    started(fake, restart_command(adapters, base))
+    fake.start(restart_command(adapters, base))
     assert adapters.stage(base).extra_body == {}
     assert adapters.observe(base).label == "base"
     command = restart_command(adapters, first)
     assert command.count(".lora:0") == 1 and ".lora:1" not in command  # what it serves does not change
-    started(fake, command)
+    fake.start(command)
     assert adapters.stage(first).extra_body == {"lora": [{"id": 0, "scale": 1.0}]}
     assert adapters.observe(first).label == "base"
     adapters.activate(first)
@@ -350,7 +224,7 @@ def test_new_adapters_need_a_restart_and_loaded_ones_do_not(adapters, fake, fold
     assert (observed.label, observed.digest) == ("v1.0.0", first.sha256)
     command = restart_command(adapters, second)
     assert f"{folder / 'notes-v1.0.0.lora'}:1,{folder / 'notes-v1.1.0.lora'}:0" in command
-    started(fake, command)
+    fake.start(command)
     assert adapters.stage(second).extra_body == {"lora": [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 1.0}]}
     adapters.activate(second)
     assert adapters.observe(second).label == "v1.1.0"
@@ -364,7 +238,7 @@ def test_new_adapters_need_a_restart_and_loaded_ones_do_not(adapters, fake, fold
 def test_adapters_that_are_loaded_stay_on_the_disk(adapters, fake, folder, release):
     for label in ("v1.0.0", "v1.1.0"):
         fake.model_path = fake.model_path or "/elsewhere/base.gguf"
-        started(fake, restart_command(adapters, release(label, adapter=label)))
+        fake.start(restart_command(adapters, release(label, adapter=label)))
         brought(adapters, release(label, adapter=label))
     (folder / "notes-base-0123456789ab.gguf").write_text("an old base model")
     assert adapters.remove_old(["v1.1.0"]) == []
@@ -377,7 +251,7 @@ def test_adapters_that_are_loaded_stay_on_the_disk(adapters, fake, folder, relea
 def test_a_server_that_caches_prompts_across_adapters_is_not_used(adapters, fake, release):
     fake.model_path = "/elsewhere/base.gguf"
     one = release(adapter="a1")
-    started(fake, restart_command(adapters, one))
+    fake.start(restart_command(adapters, one))
     fake.cached = 7
     with pytest.raises(TargetError, match=r"reuses the cache of prompts .*Restart it with: .*--no-cache-prompt"):
         adapters.stage(one)
@@ -386,7 +260,7 @@ def test_a_server_that_caches_prompts_across_adapters_is_not_used(adapters, fake
 def test_a_tampered_adapter_is_found(adapters, fake, folder, release, tmp_path):
     fake.model_path = "/elsewhere/base.gguf"
     one = release(adapter="a1")
-    started(fake, restart_command(adapters, one))
+    fake.start(restart_command(adapters, one))
     brought(adapters, one)
     loaded = folder / "notes-v1.0.0.lora"
     loaded.unlink()
@@ -420,7 +294,7 @@ def test_a_merged_model_is_refused(adapters, release):
     ],
 )
 def test_faults_are_errors_that_are_tried_again(make_target, fake, release, form, fault, message):
-    target = make_target(form, timeout_seconds=0.3)
+    target = make_target(form, timeout_seconds=0.3 if fault == "silent" else 30)
     one = release(adapter="a1")
     fake.faults |= dict.fromkeys(("/models", "/lora-adapters"), fault)
     for step in (target.observe, target.stage, target.activate):

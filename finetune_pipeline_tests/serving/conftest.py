@@ -128,12 +128,10 @@ def promote(gguf: Path, loop: str = "notes", adapter: Path | None = None, **fiel
         gguf_sha256=hash_file(files[0]),
         adapter_path=files[1] if adapter else None,
         adapter_sha256=hash_file(files[1]) if adapter else None,
-        base_hash="base",
         mode="full",
-        lineage={},
         scores={"accuracy": 0.5},
         report_path=folder / "report.html",
-        **fields,
+        **{"base_hash": "base", "lineage": {}, **fields},
     )
     expected = now.id if now else None
     return champion.promote(database, candidate, expected, "tests", "a test needs it", None, action="force")
