@@ -4,10 +4,11 @@ The run that evaluated it ends. What waits is a row of the database, which belon
 person looks at. `pipeline.promote` asks for it, and promotes once it is there.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from finetune_pipeline.artifacts import Artifact, ArtifactError, find, find_alteration, hash_of
+from finetune_pipeline.artifacts import Artifact, ArtifactError, find, find_alteration, hash_of, read, stage_folder
 from finetune_pipeline.database import Database, connect
 from finetune_pipeline.manifests import AdapterManifest, DatasetManifest, GgufManifest, Manifest, ReportManifest
 from finetune_pipeline.pipeline import loop_files
@@ -31,6 +32,7 @@ from finetune_pipeline.registry.deployment_history import record_note_in
 from finetune_pipeline.settings import LoopSettings, with_loop
 
 EVALUATE_AGAIN = "materialize eval_report and promoted_model again to ask for a new approval"
+_MISSING, _EDITED = "missing", "edited"
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,7 @@ def name_of(approval: Approval) -> str:
 
 
 def pending_approval(loop: LoopSettings, db: Database) -> PendingApproval | None:
-    """Return the loop's newest request if no person has decided on it and it promoted nothing; None if there is none.
-
-    Reads the database, the settings and the benchmark; `approve_challenger` checks everything.
-    """
+    """Return the loop's newest request if no person has rejected it and it promoted nothing; None if there is none."""
     newest = newest_approval(db, loop.name)
     if newest is None or newest.state == "rejected":
         return None
@@ -94,9 +93,7 @@ def pending_approval(loop: LoopSettings, db: Database) -> PendingApproval | None
         problem = obstacle_in(connection, newest, after, datetime.now(UTC))
     if not is_open and newest.state != "void":
         return None  # it was promoted
-    changed = [name for name, now in _settings(loop).items() if newest.hashes.get(name) != now]
-    if problem is None and changed:
-        problem = _changed(changed)
+    problem = problem or _change(newest, hashes_of(loop, newest.comparison_id, newest.gguf_version))
     command = with_loop(f'finetune model approve {name_of(newest)} --reason "..."', loop)
     return PendingApproval(newest, compared.reason.split("\n")[0] if compared else "", problem, command)
 
@@ -110,7 +107,8 @@ def ask_for_approval(loop: LoopSettings, report: Artifact[ReportManifest], gguf:
     Raises:
         ApprovalError: the champion changed since the comparison, so nobody needs to be asked.
     """
-    hashes, comparison_id = hashes_of(loop, report, gguf), report.manifest.comparison_id
+    comparison_id = report.manifest.comparison_id
+    hashes = hashes_of(loop, report.manifest.version, gguf.manifest.version)
     with lock_champion(connect(), loop.name) as locked:
         found = approval_in(locked.connection, loop.name, comparison_id)
         if found is None:
@@ -129,8 +127,7 @@ def ask_for_approval(loop: LoopSettings, report: Artifact[ReportManifest], gguf:
                 raise ApprovalError(f"{problem} since the comparison {comparison_id}; materialize eval_report again")
             request_in(locked.connection, found)
         elif found.state in {"waiting", "approved"} and locked.current_id != found.challenger_sha256[:16]:
-            changed = [name for name, now in hashes.items() if found.hashes.get(name) != now]
-            problem = _changed(changed) if changed else _obstacle(locked, found)
+            problem = _change(found, hashes) or _obstacle(locked, found)
             if problem:
                 void_in(locked.connection, found, problem, locked.now)
         return approval_in(locked.connection, loop.name, comparison_id) or found
@@ -196,17 +193,20 @@ def check_actor_and_reason(action: str, actor: str, reason: str) -> None:
         raise ApprovalError(f"{action} needs a name and a reason: the history records who decided and why")
 
 
-def hashes_of(loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest]) -> dict[str, str]:
-    """Return the hashes of everything that an approval is for, as it is now; "missing" or "edited" for some of it."""
-    manifest = gguf.manifest
-    datasets = {version: _content(loop, DatasetManifest, version) for version in manifest.datasets}
-    return {
-        "dataset": hash_of(datasets),
-        "adapter": _content(loop, AdapterManifest, manifest.adapter_version),
-        "gguf": _content(loop, GgufManifest, manifest.version),
-        "report": _content(loop, ReportManifest, report.manifest.version),
-        **_settings(loop),
-    }
+def hashes_of(loop: LoopSettings, report: str, gguf: str) -> dict[str, str]:
+    """Return the hashes of everything that an approval is for, as it is now; "missing" or "edited" for some of it.
+
+    Args:
+        report: version of eval_report.
+        gguf: version of gguf_model. If it is missing or edited, what it was made from is not known.
+    """
+    found = _content(loop, GgufManifest, gguf)
+    sources = {}
+    if found not in {_MISSING, _EDITED}:
+        manifest = read(GgufManifest, stage_folder(loop.name, GgufManifest.stage) / gguf).manifest
+        datasets = {version: _content(loop, DatasetManifest, version) for version in manifest.datasets}
+        sources = {"dataset": hash_of(datasets), "adapter": _content(loop, AdapterManifest, manifest.adapter_version)}
+    return {**sources, "gguf": found, "report": _content(loop, ReportManifest, report), **_settings(loop)}
 
 
 def _settings(loop: LoopSettings) -> dict[str, str]:
@@ -220,14 +220,16 @@ def _content(loop: LoopSettings, kind: type[Manifest], version: str) -> str:
     try:
         found = find(kind, loop.name, version)
     except ArtifactError:
-        return "edited"
+        return _EDITED
     if found is None:
-        return "missing"
-    return "edited" if find_alteration(found) else found.sha256
+        return _MISSING
+    return _EDITED if find_alteration(found) else found.sha256
 
 
-def _changed(names: list[str]) -> str:
-    return f"changed since it was requested: {', '.join(names)}"
+def _change(approval: Approval, now: Mapping[str, str]) -> str | None:
+    """Return what changed since an approval was requested; None if nothing did."""
+    names = [name for name, value in now.items() if approval.hashes.get(name) != value]
+    return f"changed since it was requested: {', '.join(names)}" if names else None
 
 
 def _obstacle(locked: LockedChampion, approval: Approval) -> str | None:
