@@ -65,7 +65,7 @@ def promote(version: str, force: bool, reason: str, loop: LoopSettings) -> None:
 
     challenger = find_challenger(connect(), version, loop.name)
     if force:
-        model = force_challenger(loop, challenger, actor(), reason)
+        model = force_challenger(loop, challenger, actor(), reason, log=click.echo)
     else:
         result = promote_accepted(loop, challenger, actor(), click.echo)
         again = f'`finetune model promote {challenger.name} --force --reason "..."` overrules that'

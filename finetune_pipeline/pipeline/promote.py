@@ -49,7 +49,8 @@ from finetune_pipeline.registry.comparisons import find_comparison
 from finetune_pipeline.registry.deployment_history import PROMOTING, list_deployments
 from finetune_pipeline.registry.model_card import MODEL_CARD
 from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError
-from finetune_pipeline.registry.regression_questions import questions_of_model
+from finetune_pipeline.registry.regression_questions import RegressionQuestion, questions_of_model
+from finetune_pipeline.registry.sealed_looks import SealedScores
 from finetune_pipeline.settings import LoopSettings
 
 NOT_PROMOTED = "not promoted: "
@@ -130,11 +131,8 @@ def promote_challenger(
             if approval.state != "approved":
                 return NotApproved(approval)
             action, actor, reason = "approve", approval.actor or actor, f"{approval.reason}; {reason}"
-        fixed, sealed = [], None
-        if is_new:  # else an earlier try that made it the champion recorded them
-            scorer, progress = loop_files.scorer(loop), ProgressLog(log)
-            fixed = fixed_corrections(loop, gguf, scorer, progress)
-            sealed = sealed_scores(loop, model_spec(gguf), report.path / JSON, scorer, progress)
+        # Of a model that serves, an earlier try that made it the champion recorded them.
+        fixed, sealed = _findings(loop, report, gguf, log) if is_new else ([], None)
         model = promote(
             connect(),
             candidate,
@@ -153,6 +151,15 @@ def promote_challenger(
 
 def _promotion_lock(loop: LoopSettings, log: Callable[[str], None]) -> AbstractContextManager[None]:
     return wait_for_lock(stage_folder(loop.name, PromotionManifest.stage) / ".promotion", "promotion", log)
+
+
+def _findings(
+    loop: LoopSettings, report: Artifact[ReportManifest], gguf: Artifact[GgufManifest], log: Callable[[str], None]
+) -> tuple[list[RegressionQuestion], SealedScores | None]:
+    """Return the corrections that a challenger fixes, and its scores on the sealed benchmark if this promotion asks."""
+    scorer, progress = loop_files.scorer(loop), ProgressLog(log)
+    fixed = fixed_corrections(loop, gguf, scorer, progress)
+    return fixed, sealed_scores(loop, model_spec(gguf), report.path / JSON, scorer, progress)
 
 
 def approve_challenger(
@@ -234,28 +241,45 @@ def force_challenger(
 ) -> ModelVersion:
     """Make a challenger the champion although the gate or a person did not accept it; send an alert.
 
-    Its blocking checks must have passed, and its files must be what a run wrote. It replaces whatever serves now.
+    Its blocking checks must have passed, and its files must be what a run wrote. It replaces whatever serves now. The
+    corrections that it fixes and its scores on the sealed benchmark are recorded as by `promote_challenger`.
 
     Args:
         config: `deployment_config` of a request, over `deploy.config`.
 
     Raises:
         RequiredChecksError: a blocking check of the model or of a dataset that it was trained on did not pass.
-        ArtifactError: it was edited.
+        ArtifactError: it was edited, or its report is missing.
         RegistryError: it was not evaluated, its files differ, or actor or reason is missing.
+        EngineError: it cannot answer the corrections or the sealed benchmark.
     """
     if challenger.comparison is None:
         raise RegistryError(
             f"{challenger.name} was not evaluated, so there is no decision to overrule; materialize eval_report first"
         )
+    check_actor_and_reason("force", actor, reason)
     check_unaltered(challenger.gguf)
     check_proven(challenger.gguf)
-    compared, settings = challenger.comparison.id, loop.deploy.config
+    report, compared, settings = _report_of(challenger), challenger.comparison.id, loop.deploy.config
     candidate = candidate_of(challenger.gguf, compared)
     with _promotion_lock(loop, log):  # of two people who force at once, both would write the same artifact
         serving = champion(connect(), loop.name)
         previous_id = serving.id if serving else None
-        model = promote(connect(), candidate, previous_id, actor, reason, compared, "force", settings, requested=config)
+        is_new = serving is None or serving.sha256 != challenger.sha256
+        fixed, sealed = _findings(loop, report, challenger.gguf, log) if is_new else ([], None)
+        model = promote(
+            connect(),
+            candidate,
+            previous_id,
+            actor,
+            reason,
+            compared,
+            "force",
+            settings,
+            fixed=fixed,
+            sealed=sealed,
+            requested=config,
+        )
         _record(loop, model, compared, previous_id)
     _tell(loop, model, actor)
     return model

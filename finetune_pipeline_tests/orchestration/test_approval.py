@@ -10,6 +10,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import UUID
 
 import dagster as dg
 import pytest
@@ -23,6 +24,7 @@ from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
 from finetune_pipeline.database.tables import approvals
 from finetune_pipeline.evaluation.report import JSON
+from finetune_pipeline.feedback.store import find_interaction
 from finetune_pipeline.manifests import (
     AdapterManifest,
     DatasetManifest,
@@ -35,8 +37,11 @@ from finetune_pipeline.orchestration.automation import FIRST_ATTEMPT_TAG, next_r
 from finetune_pipeline.orchestration.checks import APPROVED
 from finetune_pipeline.orchestration.history import history_sensor
 from finetune_pipeline.orchestration.resources import resources
+from finetune_pipeline.pipeline import deploy
 from finetune_pipeline.pipeline.approval import ask_for_approval, pending_approval, reject_challenger
+from finetune_pipeline.pipeline.ask import generate_answers
 from finetune_pipeline.pipeline.challengers import find_challenger, find_trained, list_challengers
+from finetune_pipeline.pipeline.export import model_spec
 from finetune_pipeline.pipeline.promote import approve_challenger, force_challenger, promote_accepted
 from finetune_pipeline.pipeline.required_checks import RequiredChecksError
 from finetune_pipeline.pipeline.status import loop_status
@@ -48,6 +53,7 @@ from finetune_pipeline.registry.deployment_history import list_deployments, list
 from finetune_pipeline.registry.garbage_collection import plan_deletion
 from finetune_pipeline.registry.model_versions import RegistryError, UnknownVersionError
 from finetune_pipeline.settings import InvalidSettings
+from finetune_pipeline_tests.deployment.shelf import Shelf, shelf
 from finetune_pipeline_tests.orchestration.conftest import corrected, definitions, write_events
 from finetune_pipeline_tests.orchestration.test_adapter_form import flip_last_byte, run
 from finetune_pipeline_tests.orchestration.test_gate_bypass import (  # noqa: F401
@@ -62,6 +68,7 @@ from finetune_pipeline_tests.orchestration.test_gate_bypass import (  # noqa: F4
     settled,
     template,
 )
+from finetune_pipeline_tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -188,6 +195,51 @@ def test_a_kill_in_the_middle_of_an_approval_is_finished_by_whoever_comes_next(w
     assert pending_approval(waiting, connect()) is None
 
 
+DEPLOYING = """
+import pickle, sys
+from finetune_pipeline.cli import model, options
+from finetune_pipeline.deployment import target_state
+from finetune_pipeline.pipeline import deploy
+from finetune_pipeline_tests.deployment.shelf import Shelf
+deploy.open_target = Shelf
+target_state.LEASE_SECONDS = 1.0
+loop = pickle.load(sys.stdin.buffer)
+options.the_loop = lambda name: loop
+model.model(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("action", "arguments"), [("approve", ["approve"]), ("force", ["promote", "--force"])], ids=["approve", "force"]
+)
+def test_a_kill_while_the_promoted_model_is_deployed_changes_nothing_in_the_registry(
+    waiting,
+    settled,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    action,
+    arguments,
+):
+    declared = settled(deploy={"targets": [shelf(name="shelf", path=str(tmp_path / "shelf"))]})
+    deploying = waiting.model_copy(update={"deploy": declared.deploy})
+    (tmp_path / "shelf").mkdir()
+    (tmp_path / "shelf" / "pause-stage").touch()
+    command = [sys.executable, "-c", DEPLOYING, *arguments, only_challenger().name, "--reason", "it is needed"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        process.stdin.write(pickle.dumps(deploying))
+        process.stdin.close()
+        wait_until(lambda: (tmp_path / "shelf" / "paused-stage").exists() or process.poll() is not None)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    [row] = list_history(connect(), "notes")
+    assert (row.action, served().version) == (action, "v1.0.0")
+    (tmp_path / "shelf" / "pause-stage").unlink()
+    monkeypatch.setattr(deploy, "open_target", Shelf)
+    wait_until(lambda: [one.state for one in deploy.reconcile(deploying, print, force=True)] == ["active"])
+    assert (tmp_path / "shelf" / "current").read_text() == "v1.0.0"
+    assert len(list_history(connect(), "notes")) == 1
+
+
 def test_two_approvals_at_once_promote_once(waiting, tmp_path):
     script = KILLED.split("where =")[0] + (
         "from finetune_pipeline.pipeline.challengers import find_challenger\n"
@@ -276,6 +328,8 @@ def test_a_change_makes_an_approval_void(waiting, instance, change, words, when,
                 approve(waiting)
         assert state() == "approved"
     change(waiting, instance)
+    if change is not another_champion:  # which was this challenger, so that nothing waits any more
+        assert pending_approval(waiting, connect()).summary.startswith(f"the approval of {challenger.name} is void: ")
     if when == "after":
         run_softly(waiting, instance, "promoted_model")
         assert served() is None
@@ -354,7 +408,7 @@ def test_a_rejected_challenger_cannot_be_approved_and_can_be_forced(rejected):
     name = only_challenger().name
     with pytest.raises(ApprovalError, match=f"rejected by the gate .*finetune model promote {name} --force"):
         approve(rejected)
-    with pytest.raises(RegistryError, match="force needs reason"):
+    with pytest.raises(RegistryError, match="force needs a name and a reason"):
         force_challenger(rejected, only_challenger(), "ann", " ")
     model = force_challenger(rejected, only_challenger(), "ann", "the customer waits")
     assert served() == model and model.name == "notes@v1.0.0" and model.accuracy is not None
@@ -370,6 +424,19 @@ def test_force_never_overrules_a_failed_blocking_check(rejected, kind):
     with pytest.raises(RequiredChecksError, match=f"did not pass its blocking checks: {name} failed"):
         force_challenger(rejected, only_challenger(), "ann", "the customer waits")
     assert served() is None
+
+
+def test_a_rejected_challenger_answers_by_its_hash(rejected, monkeypatch):
+    challenger, prompt = only_challenger(), "golden question birch"
+    monkeypatch.setattr(options, "the_loop", lambda name: rejected)
+    expected = generate_answers(rejected, model_spec(challenger.gguf), prompt)
+    for name in (challenger.name, challenger.sha256[:6]):
+        result = CliRunner().invoke(finetune, ["ask", prompt, "--model", name])
+        assert (result.exit_code, result.stdout) == (0, f"{expected[0]}\n"), (result.output, result.exception)
+        with connect().read() as connection:
+            id = UUID(result.stderr.rsplit("recorded as ", 1)[1].strip())
+            logged = find_interaction(connection, id).interaction
+        assert (logged.model, logged.variant) == (challenger.name, "ask")
 
 
 def test_force_refuses_an_edited_file_and_an_unevaluated_model(rejected, loop, instance):  # noqa: F811
@@ -503,7 +570,7 @@ def test_the_command_forces_a_rejected_challenger(rejected, monkeypatch):
     assert name not in command(monkeypatch, rejected, "list")
     assert "rejected by the gate" in command(monkeypatch, rejected, "list", "--all")
     assert "--force" in command(monkeypatch, rejected, "promote", name, code=1)
-    assert "force needs reason" in command(monkeypatch, rejected, "promote", name, "--force", code=1)
+    assert "force needs a name and a reason" in command(monkeypatch, rejected, "promote", name, "--force", code=1)
     output = command(monkeypatch, rejected, "promote", name, "--force", "--reason", "the customer waits")
     assert "notes@v1.0.0 is the champion now" in output
     assert (os.environ.get("FINETUNE_HOME") or "") and champion(connect(), "notes").version == "v1.0.0"

@@ -9,11 +9,15 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.report import HTML
 from finetune_pipeline.manifests import GgufManifest, PromotionManifest, ReportManifest
 from finetune_pipeline.pipeline.ask import generate_answers
+from finetune_pipeline.pipeline.challengers import list_challengers
 from finetune_pipeline.pipeline.export import model_spec
+from finetune_pipeline.pipeline.promote import force_challenger
 from finetune_pipeline.pipeline.summary import run_summary
+from finetune_pipeline.registry.regression_questions import standing_questions
 from finetune_pipeline.registry.sealed_looks import list_looks
 from finetune_pipeline_tests.orchestration.conftest import BENCHMARK, corrected, write_events
 from finetune_pipeline_tests.orchestration.test_adapter_form import make_adapter, run
+from finetune_pipeline_tests.orchestration.test_gate_bypass import run_softly
 from finetune_pipeline_tests.orchestration.test_regression_suite import ACCEPTED, EVALUATION
 
 pytestmark = pytest.mark.slow
@@ -72,3 +76,19 @@ def test_the_first_promotion_is_the_baseline_and_the_second_after_it_asks(loop, 
     texts = [path.read_text() for path in pages if path.suffix in {".html", ".json", ".md"}]
     assert len(texts) >= 9 and any(OPEN[0] in text for text in texts)
     assert not any(text in page for page in texts for text in [*SEALED, "sealed answer"])
+
+    # A person forces a challenger that the gate rejected: what it fixes and its scores are recorded all the same.
+    make_adapter(loop, 3)
+    run(loop, instance, "gguf_model")
+    ACCEPTED.clear()
+    assert not run_softly(loop, instance, "eval_report").success
+    [challenger] = list_challengers(connect(), "notes")
+    correction = "please note what person0 said about the person0 matter"
+    [answer] = generate_answers(loop, model_spec(challenger.gguf), correction)
+    ACCEPTED[correction] = answer
+    every = loop.model_copy(update={"evaluation": loop.evaluation.model_copy(update={"sealed_every": 1})})
+    model = force_challenger(every, challenger, "ann", "the customer waits")
+    forced = list_looks(connect(), "notes")[2]
+    assert forced.model_id == model.id and sum(score for score, _, _ in forced.sealed_scores.values()) == 0
+    [fixed] = standing_questions(connect(), "notes")
+    assert fixed.prompt == correction

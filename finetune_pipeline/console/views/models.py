@@ -219,7 +219,7 @@ def _decisions_about_challenger(loop: LoopSettings, database: Database, challeng
                     "model force",
                     challenger.name,
                     reason,
-                    lambda _: force_challenger(loop, challenger, session.actor(), reason),
+                    lambda tell: force_challenger(loop, challenger, session.actor(), reason, log=tell),
                     f"{challenger.name} is the champion now.",
                 )
 
