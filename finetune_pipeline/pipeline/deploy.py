@@ -40,6 +40,7 @@ from finetune_pipeline.inference.errors import EngineError
 from finetune_pipeline.manifests import ADAPTER_CONFIG, AdapterManifest
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.alert_texts import deployment
+from finetune_pipeline.pipeline.deploy_parity import VERSION as PARITY_VERSION
 from finetune_pipeline.pipeline.deploy_parity import ParityError, check_parity
 from finetune_pipeline.pipeline.lineage import card
 from finetune_pipeline.pipeline.merged_model import merged_model
@@ -53,7 +54,7 @@ from finetune_pipeline.registry.model_versions import (
     list_models,
 )
 from finetune_pipeline.schemas import SchemaError
-from finetune_pipeline.settings import Follower, LoopSettings, SettingsError
+from finetune_pipeline.settings import Follower, LoopSettings, SettingsError, UpstreamSettings
 from finetune_pipeline.wording import duration
 
 OBSERVE_SECONDS = 60.0
@@ -61,6 +62,9 @@ OBSERVE_SECONDS = 60.0
 
 TAKING_TOKEN_IDS = {"vllm", "llama_server"}
 """Kinds of targets whose /v1/completions takes token ids as the prompt."""
+
+KEPT_COMPARISONS = 10
+"""Results of comparisons with the judged model that a target's row keeps, the newest ones."""
 
 LONGEST_WAIT = 3600.0
 """The longest wait between two tries, in seconds."""
@@ -254,6 +258,17 @@ def due_targets(loop: LoopSettings, db: Database) -> list[str]:
     return [state.target for state in deployment_states(loop, db) if is_due(state)]
 
 
+def unsettled_targets(loop: LoopSettings, db: Database) -> list[str]:
+    """Return the targets that `reconcile` has to do something about, after asking those that are due.
+
+    A target that still serves what was verified is only asked, and that is recorded. Nothing is sent to it, so this is
+    much cheaper than a process for `reconcile`.
+    """
+    due = due_targets(loop, db)
+    settings = [one for one in loop.deploy.followers if one.key in due]
+    return [one.key for one in settings if not _Reconciliation(loop, one, db, _log.debug, force=False).is_settled()]
+
+
 def reconcile(
     loop: LoopSettings,
     log: Callable[[str], None],
@@ -364,41 +379,73 @@ class _Reconciliation:
             if tries == 1:
                 send(self._loop, deployment(self._loop, lease.state))
 
-    def _bring(self, lease: Lease, model: ModelVersion | None) -> None:
+    def is_settled(self) -> bool:
+        """Ask the target and return whether nothing is to be done; True too while another process works on it.
+
+        An error counts as something to be done: who does it meets the error again, and records it.
+        """
+        with take_lease(self._db, self._loop.name, self._setting.key) as lease:
+            if lease is None:
+                return True
+            model = champion(self._db, self._loop.name)
+            if lease.state.wanted != _label(model) or lease.state.state not in {"active", "rejected"}:
+                return False
+            try:
+                return self._ask(lease, *self._open(model)) is None
+            except Exception:
+                return False
+
+    def _open(self, model: ModelVersion | None) -> tuple[Target, Release]:
         target = open_target(self._setting, self._loop.name)
-        release = release_of(self._loop, model, self._say, merged=target.wants_merged_folder)
+        return target, release_of(self._loop, model, self._say, merged=target.wants_merged_folder)
+
+    def _ask(self, lease: Lease, target: Target, release: Release) -> Observed | None:
+        """Return what the target serves; None if nothing is to be done about it.
+
+        That is so if it serves what was verified, or if the release was rejected and nothing has changed since.
+        """
         inputs, before = self._inputs(release), lease.state
         if before.state == "rejected" and before.facts.get("inputs") == inputs and not self._force:
             lease.update(observed_at=datetime.now(UTC))
-            return
+            return None
+        observed = target.observe(release)
+        lease.update(observed=observed.label, digest=observed.digest, observed_at=datetime.now(UTC))
+        verified = {"inputs": inputs, "digest": observed.digest}
+        if before.facts.get("verified") == verified and observed.label == release.label:
+            lease.update(state="active", tries=0, next_try_at=None, last_error="")
+            return None
+        return observed
+
+    def _bring(self, lease: Lease, model: ModelVersion | None) -> None:
+        target, release = self._open(model)
+        before = lease.state
         try:
-            observed = target.observe(release)
+            observed = self._ask(lease, target, release)
         except TargetError:
             if command := target.start_command(release):  # it may not run yet
                 lease.update(facts={**before.facts, "start_command": command})
             raise
-        self._record(lease, observed)
-        verified = before.facts.get("verified")
-        if verified == {"inputs": inputs, "digest": observed.digest} and observed.label == release.label:
-            lease.update(state="active", tries=0, next_try_at=None, last_error="")
+        if observed is None:
             return
-        if verified is not None and before.facts.get("inputs") == inputs:
+        inputs = self._inputs(release)
+        if "verified" in before.facts and before.facts.get("inputs") == inputs:
             self._drifted(lease, release, observed)
         facts: dict[str, Any] = {"inputs": inputs}
-        facts |= {name: lease.state.facts[name] for name in ("drift", "active") if name in lease.state.facts}
+        kept = ("drift", "active", "compared")
+        facts |= {name: lease.state.facts[name] for name in kept if name in lease.state.facts}
         if command := target.start_command(release):  # shown also if the release cannot be staged before a restart
             facts["start_command"] = command
         lease.update(wanted_sha256=release.sha256, facts=facts)
         self._say(f"serves {observed.label or observed.detail or 'nothing'}; stage {release.label}")
         endpoint = target.stage(release)
         lease.renew()
-        facts |= check_parity(self._loop, release, target, endpoint, self._say)
+        facts |= self._compare(facts.get("compared", []), inputs, release, target, endpoint)
+        lease.update(facts=facts)
         if _label(champion(self._db, self._loop.name)) != release.label:
             return  # `run` starts again with the new champion; this one must not become active any more
-        lease.update(facts=facts)
         endpoint = target.activate(release) or endpoint
         observed = target.observe(release)
-        self._record(lease, observed)
+        lease.update(observed=observed.label, digest=observed.digest, observed_at=datetime.now(UTC))
         if observed.label != release.label:
             raise TargetError(
                 f"{release.name} was activated without an error, but the target serves "
@@ -414,8 +461,27 @@ class _Reconciliation:
         self._say(f"{release.label} is active")
         self._clean_up(lease, target, release)
 
-    def _record(self, lease: Lease, observed: Observed) -> None:
-        lease.update(observed=observed.label, digest=observed.digest, observed_at=datetime.now(UTC))
+    def _compare(
+        self,
+        earlier: list[dict[str, Any]],
+        inputs: str,
+        release: Release,
+        target: Target,
+        endpoint: UpstreamSettings | None,
+    ) -> dict[str, Any]:
+        """Return the results of comparing a staged release with the judged model, and the list of them.
+
+        An earlier result is reused, such as after a rollback or a failed activation, if it is of the same model,
+        settings and version of the comparison, and nobody has changed what the target serves since.
+        """
+        key = hash_of([inputs, PARITY_VERSION])
+        result = next((one["result"] for one in earlier if one["key"] == key and not self._force), None)
+        if result is None:
+            result = check_parity(self._loop, release, target, endpoint, self._say)
+        else:
+            self._say(f"{release.label} was compared with the judged model before, and nothing changed since")
+        others = [one for one in earlier if one["key"] != key]
+        return {**result, "compared": [*others, {"key": key, "result": result}][-KEPT_COMPARISONS:]}
 
     def _drifted(self, lease: Lease, release: Release, observed: Observed) -> None:
         found = observed.label or observed.detail or "nothing"
@@ -424,7 +490,8 @@ class _Reconciliation:
         message = f"serves {found} instead of {release.label}, which was active; it is brought back"
         self._say(message)
         drift = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "found": found}
-        lease.update(state="drifted", last_error=message, facts={**lease.state.facts, "drift": drift})
+        facts = {name: value for name, value in lease.state.facts.items() if name != "compared"}
+        lease.update(state="drifted", last_error=message, facts={**facts, "drift": drift})
         send(self._loop, deployment(self._loop, lease.state))
 
     def _clean_up(self, lease: Lease, target: Target, release: Release) -> None:

@@ -31,6 +31,9 @@ from finetune_pipeline.wording import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+VERSION = 1
+"""Number of this comparison. Raise it when the comparison changes, so that results of an earlier one are not reused."""
+
 _QUOTED_CHARACTERS = 400
 _FIRST_PROMPT = "How thick is the wall?"
 

@@ -1,7 +1,8 @@
 """Deployment in the background of the gateway, where Dagster does not run, and after its run has ended.
 
-The gateway reads the table of targets every few seconds. If one is due, a child process brings it to the champion:
-uploads and comparisons must not delay answers, and the libraries that they import stay out of the gateway.
+The gateway reads the table of targets every few seconds, and asks those that serve the champion once a minute whether
+they still do. If there is something to do, a child process does it: uploads and comparisons must not delay answers, and
+the libraries that they import stay out of the gateway.
 
 `python -m finetune_pipeline.serving.deployer` is the child. It gets the loop's settings as JSON on stdin.
 """
@@ -11,7 +12,7 @@ import signal
 import sys
 
 from finetune_pipeline.database import Database
-from finetune_pipeline.pipeline.deploy import due_targets, reconcile
+from finetune_pipeline.pipeline.deploy import reconcile, unsettled_targets
 from finetune_pipeline.serving.background_child import run_child
 from finetune_pipeline.settings import LoopSettings
 
@@ -23,8 +24,8 @@ COMMAND = [sys.executable, "-m", "finetune_pipeline.serving.deployer"]
 
 
 async def deploy_due(loop: LoopSettings, database: Database) -> None:
-    """Bring the loop's due targets to the champion in a child process, and wait for it; do nothing if none is due."""
-    if not await asyncio.to_thread(due_targets, loop, database):
+    """Bring the loop's due targets to the champion in a child process, and wait for it; no child if all serve it."""
+    if not await asyncio.to_thread(unsettled_targets, loop, database):
         return
     await run_child(COMMAND, loop.model_dump_json(), loop.name, "deployment")
 

@@ -7,20 +7,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.cli.main import finetune
 from finetune_pipeline.database import connect
 from finetune_pipeline.deployment.targets import open_target
-from finetune_pipeline.export.base import base_hash
 from finetune_pipeline.pipeline import deploy
 from finetune_pipeline.registry.champion import champion
-from finetune_pipeline.registry.model_versions import CandidateModel
-from finetune_pipeline.settings import COMPONENT_TYPE, PROJECT_ROOT
+from finetune_pipeline.settings import COMPONENT_TYPE
 from finetune_pipeline_tests.deployment.shelf import Shelf, shelf
 from finetune_pipeline_tests.orchestration.conftest import ATTRIBUTES
-from finetune_pipeline_tests.registry.conftest import promote_over
-
-STARTER = PROJECT_ROOT / "data" / "starter_model"
+from finetune_pipeline_tests.registry.conftest import STARTER, promote_gguf
 
 
 def run(*arguments, code=0):
@@ -33,11 +28,7 @@ def promoted(content):
     path = deploy.stage_folder("notes", "gguf_model") / content / "model.gguf"
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    candidate = CandidateModel(
-        loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash=base_hash(STARTER), mode="full",
-        lineage={"base_model": str(STARTER)}, scores={"accuracy": 0.5}, report_path=path,
-    )  # fmt: skip
-    return promote_over(connect(), candidate)
+    return promote_gguf(path)
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ for state in deploy.reconcile(read_loop(Path(sys.argv[1])), print, force=True):
 """
 """A script that reconciles the loop of a YAML file with shelves, as another process."""
 
-ROLL_BACK = """
+MODEL_COMMAND = """
 import sys
 from pathlib import Path
 from finetune_pipeline.cli import model, options
@@ -117,9 +117,9 @@ from finetune_pipeline_tests.deployment.shelf import Shelf
 deploy.open_target = Shelf
 target_state.LEASE_SECONDS = float(sys.argv[2])
 options.the_loop = lambda name: read_loop(Path(sys.argv[1]))
-model.rollback([])
+model.model(sys.argv[3:])
 """
-"""A script that runs `finetune model rollback` on the loop of a YAML file with shelves."""
+"""A script that runs `finetune model` with the further arguments, on the loop of a YAML file with shelves."""
 
 
 def shelf(**fields: Any) -> dict[str, Any]:

@@ -12,20 +12,16 @@ from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import connect
 from finetune_pipeline.database.tables import deployment_targets
 from finetune_pipeline.deployment.target_state import take_lease
-from finetune_pipeline.export.base import base_hash
 from finetune_pipeline.pipeline import deploy
 from finetune_pipeline.pipeline.deploy import deployment_states, due_targets, reconcile, release_of
 from finetune_pipeline.pipeline.deploy_parity import ParityError
-from finetune_pipeline.registry.champion import champion, rollback
+from finetune_pipeline.registry.champion import champion, rollback, switch
 from finetune_pipeline.registry.deployment_history import list_deployments
-from finetune_pipeline.registry.model_versions import CandidateModel
-from finetune_pipeline.settings import PROJECT_ROOT, home
-from finetune_pipeline_tests.deployment.shelf import RECONCILE, ROLL_BACK, Shelf, shelf
+from finetune_pipeline.settings import home
+from finetune_pipeline_tests.deployment.shelf import MODEL_COMMAND, RECONCILE, Shelf, shelf
 from finetune_pipeline_tests.pipeline.test_full_disk import small_disk
-from finetune_pipeline_tests.registry.conftest import promote_over
+from finetune_pipeline_tests.registry.conftest import STARTER
 from finetune_pipeline_tests.waiting import wait_until
-
-STARTER = PROJECT_ROOT / "data" / "starter_model"
 
 
 @pytest.fixture
@@ -49,23 +45,6 @@ def one(with_shelves, tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "shelf"
-
-
-@pytest.fixture
-def promoted(own_home):
-    """Return a function that promotes a model with this content."""
-
-    def promote(content, size=0):
-        path = own_home / "artifacts" / "notes" / "gguf_model" / content / "model.gguf"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content + "." * size)
-        candidate = CandidateModel(
-            loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash=base_hash(STARTER), mode="full",
-            lineage={"base_model": str(STARTER)}, scores={"accuracy": 0.5}, report_path=path,
-        )  # fmt: skip
-        return promote_over(connect(), candidate)
-
-    return promote
 
 
 def settings_of(loop):
@@ -228,6 +207,50 @@ def test_a_release_that_differs_from_the_judged_model_never_becomes_active(one, 
     assert (folder / "current").read_text() == "v1.0.0"
 
 
+@pytest.fixture
+def comparisons(monkeypatch):
+    """The labels of the releases that are compared with the judged model."""
+    found = []
+
+    def compare(loop, release, target, endpoint, log):
+        found.append(release.label)
+        return {"reads_control_tokens": None, "answers_in": f"{release.label} {len(found)}"}
+
+    monkeypatch.setattr(deploy, "check_parity", compare)
+    return found
+
+
+def test_a_release_is_compared_once_while_nothing_changes(one, folder, promoted, comparisons, monkeypatch):
+    promoted("one")
+    brought(one)
+    promoted("two")
+    (folder / "fail-activate").write_text("reset")
+    assert brought(one)[0].state == "failed"
+    (folder / "fail-activate").unlink()
+    make_due(one)
+    state, log = brought(one)
+    assert state.state == "active" and "v1.1.0 was compared with the judged model before" in log
+    rollback(connect(), "notes", "me", "worse")
+    state, log = brought(one)
+    assert (state.observed, comparisons) == ("v1.0.0", ["v1.0.0", "v1.1.0"])
+    assert state.facts["answers_in"] == "v1.0.0 1"  # shown as when it was compared
+    monkeypatch.setattr(deploy, "PARITY_VERSION", 0)  # another version of the comparison
+    switch(connect(), "notes", "v1.1.0", "me", "better")
+    brought(one)
+    assert comparisons == ["v1.0.0", "v1.1.0", "v1.1.0"]
+
+
+def test_a_release_is_compared_again_after_a_change(one, with_shelves, folder, promoted, comparisons):
+    promoted("one")
+    brought(one)
+    (folder / "current").write_text("v9.9.9")  # somebody changed what it serves
+    (folder / "v9.9.9.gguf").write_text("by hand")
+    make_due(one)
+    assert brought(one)[0].state == "active" and comparisons == ["v1.0.0"] * 2
+    brought(with_shelves(keep=3))  # other settings
+    assert comparisons == ["v1.0.0"] * 3
+
+
 @pytest.mark.parametrize("found", ["v9.9.9", "v1.0.0"])
 def test_drift_is_shown_and_brought_back(one, folder, promoted, found):
     promoted("one")
@@ -315,9 +338,9 @@ def start(tmp_path, monkeypatch):
     """Return a function that reconciles in another process; its lease holds this many seconds."""
     started = []
 
-    def start(seconds=600.0, script=RECONCILE):
+    def start(seconds=600.0, script=RECONCILE, arguments=()):
         path = tmp_path / "defs" / "notes" / "defs.yaml"
-        command = [sys.executable, "-c", script, str(path), str(seconds)]
+        command = [sys.executable, "-c", script, str(path), str(seconds), *arguments]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         return started[-1]
 
@@ -357,23 +380,32 @@ def test_another_process_finishes_after_a_kill(one, folder, promoted, start, ste
     assert champion(connect(), "notes").version == "v1.1.0"
 
 
-def test_a_rollback_that_is_killed_while_it_deploys_is_done_all_the_same(one, folder, promoted, start):
+@pytest.mark.parametrize("step", ["stage", "activate", "activated"])
+@pytest.mark.parametrize("arguments", [["rollback"], ["switch", "v1.0.0"]], ids=["rollback", "switch"])
+def test_a_change_that_is_killed_while_it_deploys_is_done_all_the_same(one, folder, promoted, start, arguments, step):
     promoted("one")
     promoted("two")
     brought(one)
-    (folder / "pause-stage").touch()
-    process = start(seconds=1, script=ROLL_BACK)
-    paused(folder, "stage", process)
+    (folder / f"pause-{step}").touch()
+    process = start(seconds=1, script=MODEL_COMMAND, arguments=arguments)
+    paused(folder, step, process)
     process.kill()
     process.wait()
     assert [deployment.action for deployment in list_deployments(connect(), "notes")] == [
         "promote",
         "promote",
-        "rollback",
+        arguments[0],
     ]
-    assert champion(connect(), "notes").version == "v1.0.0" and (folder / "current").read_text() == "v1.1.0"
-    (folder / "pause-stage").unlink()
-    wait_until(lambda: brought(one, force=True)[0].observed == "v1.0.0")
+    assert champion(connect(), "notes").version == "v1.0.0"
+    assert (folder / "current").read_text() == ("v1.0.0" if step == "activated" else "v1.1.0")
+    (folder / f"pause-{step}").unlink()
+
+    def is_active():
+        state, _ = brought(one, force=True)
+        return state.state == "active" and state.observed == "v1.0.0"
+
+    wait_until(is_active)
+    assert (folder / "current").read_text() == "v1.0.0" and (folder / "v1.0.0.gguf").read_text() == "one"
 
 
 def test_a_promotion_during_a_deployment_is_deployed_by_the_same_process(one, folder, promoted, start):

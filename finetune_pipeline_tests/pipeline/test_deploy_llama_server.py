@@ -7,22 +7,18 @@ import pytest
 
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import connect
-from finetune_pipeline.export.base import base_hash
 from finetune_pipeline.export.gguf import convert, convert_adapter
 from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.pipeline.deploy import reconcile
 from finetune_pipeline.registry.champion import rollback
-from finetune_pipeline.registry.model_versions import CandidateModel
-from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline_tests.adapters import write_adapter
 from finetune_pipeline_tests.deployment.llama_servers import llama_server_at, with_program
-from finetune_pipeline_tests.registry.conftest import promote_over
+from finetune_pipeline_tests.registry.conftest import STARTER, promote_gguf
 
 # Building the server, on first use, counts as a part of the test that asks first.
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(3600)]
 
-STARTER = PROJECT_ROOT / "data" / "starter_model"
 PROMPT = "make a wall 200 mm thick"
 
 
@@ -67,12 +63,8 @@ def promote_adapter(models, own_home):
         shutil.copyfile(models / "base.gguf", gguf)
         if adapter:
             shutil.copyfile(models / f"{name}.gguf", adapter)
-        candidate = CandidateModel(
-            loop="notes", gguf_path=gguf, gguf_sha256=hash_file(gguf), base_hash=base_hash(STARTER), mode="full",
-            adapter_path=adapter, adapter_sha256=hash_file(adapter) if adapter else None,
-            lineage={"base_model": str(STARTER)}, scores={"accuracy": 0.5}, report_path=gguf,
-        )  # fmt: skip
-        return promote_over(connect(), candidate)
+        adapted = {"adapter_path": adapter, "adapter_sha256": hash_file(adapter)} if adapter else {}
+        return promote_gguf(gguf, **adapted)
 
     return promote
 

@@ -2,18 +2,12 @@
 
 import pytest
 
-from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import connect
-from finetune_pipeline.export.base import base_hash
 from finetune_pipeline.pipeline.deploy import reconcile
 from finetune_pipeline.registry.champion import champion, rollback
-from finetune_pipeline.registry.model_versions import CandidateModel
-from finetune_pipeline.settings import PROJECT_ROOT
 from finetune_pipeline_tests.deployment.conftest import ggufs  # noqa: F401
 from finetune_pipeline_tests.deployment.ollama_contract import ollama_contract
-from finetune_pipeline_tests.registry.conftest import promote_over
-
-STARTER = PROJECT_ROOT / "data" / "starter_model"
+from finetune_pipeline_tests.registry.conftest import STARTER, promote_gguf
 
 
 @pytest.fixture
@@ -32,23 +26,8 @@ def ollama_loop(make_loop, server, tmp_path):
     )
 
 
-@pytest.fixture
-def promote_gguf(ggufs):  # noqa: F811
-    """Return a function that promotes the starter model in a quantization."""
-
-    def promote(kind):
-        path = ggufs[kind]
-        candidate = CandidateModel(
-            loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash=base_hash(STARTER), mode="full",
-            lineage={"base_model": str(STARTER)}, scores={"accuracy": 0.5}, report_path=path,
-        )  # fmt: skip
-        return promote_over(connect(), candidate)
-
-    return promote
-
-
-def test_ollama_and_the_modelfiles_follow_the_champion(ollama_loop, server, promote_gguf):
-    promote_gguf("F16")
+def test_ollama_and_the_modelfiles_follow_the_champion(ollama_loop, server, ggufs):  # noqa: F811
+    promote_gguf(ggufs["F16"])
     lines = []
     server.faults["/api/copy"] = "reset"
     ollama, modelfiles = reconcile(ollama_loop, lines.append)
@@ -60,7 +39,7 @@ def test_ollama_and_the_modelfiles_follow_the_champion(ollama_loop, server, prom
     assert (ollama.state, ollama.observed) == ("active", "v1.0.0"), "\n".join(lines)
     answers = ollama.facts["answers"]
     assert answers["same"] == answers["total"] > 0 and answers["score"] == answers["judged_score"]
-    promote_gguf("Q8_0")
+    promote_gguf(ggufs["Q8_0"])
     ollama, modelfiles = reconcile(ollama_loop, lines.append)
     assert (ollama.observed, modelfiles.observed) == ("v1.1.0", "v1.1.0")
     rollback(connect(), "notes", "me", "worse")
@@ -73,8 +52,8 @@ def test_ollama_and_the_modelfiles_follow_the_champion(ollama_loop, server, prom
     assert server.digest("notes") == server.digest("notes:v1.0.0")
 
 
-def test_a_server_that_prompts_differently_is_not_switched(ollama_loop, server, promote_gguf):
-    promote_gguf("F16")
+def test_a_server_that_prompts_differently_is_not_switched(ollama_loop, server, ggufs):  # noqa: F811
+    promote_gguf(ggufs["F16"])
     server.debug_rendering, server.native_suffix = False, "{"  # so only the answers can tell
     ollama, _ = reconcile(ollama_loop, lambda line: None)
     assert ollama.state == "rejected" and "answers equal the judged model's" in ollama.last_error

@@ -11,17 +11,11 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
 
-from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.cli.main import finetune
-from finetune_pipeline.database import connect
 from finetune_pipeline.deployment.target import TargetError
-from finetune_pipeline.export.base import base_hash
 from finetune_pipeline.pipeline.push_model import push_model
-from finetune_pipeline.registry.model_versions import CandidateModel
-from finetune_pipeline.settings import PROJECT_ROOT, home
-from finetune_pipeline_tests.registry.conftest import promote_over
+from finetune_pipeline.settings import home
 
-STARTER = PROJECT_ROOT / "data" / "starter_model"
 TOKEN = "hf_thisIsTheTokenOfTheTests"
 
 
@@ -135,21 +129,6 @@ def hub(monkeypatch):
         yield server
         server.shutdown()
         thread.join()
-
-
-@pytest.fixture
-def promoted(own_home):
-    def promote(content):
-        path = own_home / "artifacts" / "notes" / "gguf_model" / content / "model.gguf"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-        candidate = CandidateModel(
-            loop="notes", gguf_path=path, gguf_sha256=hash_file(path), base_hash=base_hash(STARTER), mode="full",
-            lineage={"base_model": str(STARTER)}, scores={"accuracy": 0.5}, report_path=path,
-        )  # fmt: skip
-        return promote_over(connect(), candidate)
-
-    return promote
 
 
 def test_exactly_the_layout_is_uploaded_to_a_private_repository(hub, loop, promoted):

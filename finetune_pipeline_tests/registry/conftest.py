@@ -9,10 +9,14 @@ from uuid import uuid4
 import pytest
 
 from finetune_pipeline.artifacts import hash_file
-from finetune_pipeline.database import Database
+from finetune_pipeline.database import Database, connect
+from finetune_pipeline.export.base import base_hash
 from finetune_pipeline.registry.champion import champion, current_deployment, promote
 from finetune_pipeline.registry.comparisons import ComparisonRecord, record_comparison_in
 from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion
+from finetune_pipeline.settings import PROJECT_ROOT
+
+STARTER = PROJECT_ROOT / "data" / "starter_model"
 
 
 def record_comparison(db: Database, comparison: ComparisonRecord) -> None:
@@ -39,6 +43,15 @@ def promote_over(db: Database, candidate: CandidateModel, reason: str = "gain 6%
     now = champion(db, candidate.loop)
     id = compared(db, candidate, f"c{uuid4().hex[:12]}")
     return promote(db, candidate, now.id if now else None, actor, reason, id)
+
+
+def promote_gguf(path: Path, loop: str = "notes", **fields: Any) -> ModelVersion:
+    """Promote a file as a model that was trained on the starter model."""
+    candidate = CandidateModel(
+        loop=loop, gguf_path=path, gguf_sha256=hash_file(path), base_hash=base_hash(STARTER), mode="full",
+        lineage={"base_model": str(STARTER)}, scores={"accuracy": 0.5}, report_path=path, **fields,
+    )  # fmt: skip
+    return promote_over(connect(), candidate)
 
 
 MakeCandidate = Callable[..., CandidateModel]

@@ -411,6 +411,30 @@ def test_a_kill_during_a_promotion_leaves_the_old_champion(db: Database, url: st
     assert serve(db, candidate("new")).version == "v1.0.1"
 
 
+KILLED_CHANGE = """
+import os, sys
+from finetune_pipeline.database import connect
+from finetune_pipeline.registry import champion
+
+champion.record_deployment_in = lambda *a, **k: os.kill(os.getpid(), 9)
+if sys.argv[2] == "switch":
+    champion.switch(connect(sys.argv[1]), "aec", "v1.0.0", "ann", "to try")
+else:
+    champion.rollback(connect(sys.argv[1]), "aec", "ann", "worse")
+"""
+
+
+@pytest.mark.parametrize("action", ["switch", "rollback"])
+def test_a_kill_during_a_switch_or_rollback_leaves_the_champion(
+    db: Database, url: str, candidate: MakeCandidate, action: str
+) -> None:
+    first, second = (serve(db, candidate(name)) for name in ("a", "b"))
+    killed = subprocess.run([sys.executable, "-c", KILLED_CHANGE, url, action], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert champion(db, "aec") == second and len(list_deployments(db, "aec")) == 2
+    assert rollback(db, "aec", "ann", "worse") is not None and version(db) == first.version
+
+
 def by_hand(db: Database, one: CandidateModel, number: int, **columns: object) -> None:
     """Insert a version that was never promoted."""
     row = {**models_module._to_row(one), "major": number, "minor": 0, "patch": 0, "created_at": datetime.now(UTC)}

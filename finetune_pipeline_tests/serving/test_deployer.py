@@ -13,10 +13,12 @@ from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.database import connect
 from finetune_pipeline.deployment.target_state import target_states
 from finetune_pipeline.export.base import base_hash
+from finetune_pipeline.pipeline import deploy
 from finetune_pipeline.registry import champion
 from finetune_pipeline.registry.model_versions import CandidateModel
 from finetune_pipeline.serving import deployer, gateway
 from finetune_pipeline.settings import home
+from finetune_pipeline_tests.deployment.shelf import Shelf
 from finetune_pipeline_tests.serving.conftest import STARTER, make_loop, serving
 from finetune_pipeline_tests.waiting import wait_until
 
@@ -94,6 +96,28 @@ def test_a_gateway_follows_promotions_and_answers_meanwhile(declared, ggufs, tmp
         assert serves(shelf, "v1.0.0")
         (shelf / "pause-stage").unlink()
         wait_until(lambda: serves(shelf, "v1.1.0"))
+
+
+def test_a_target_that_serves_the_champion_is_asked_without_a_process(declared, ggufs, tmp_path, monkeypatch):
+    shelf = tmp_path / "shelf"
+    monkeypatch.setattr(deploy, "open_target", Shelf)  # in this process, which asks
+    monkeypatch.setattr(deploy, "OBSERVE_SECONDS", 0.0)
+    promoted(declared, ggufs["Q8_0"])
+    deploy.reconcile(declared, print)
+    asked_at = target_states(connect(), declared.name)["shelf"].observed_at
+    (tmp_path / "child").write_text("not started")
+    child = f"from pathlib import Path\nPath({str(tmp_path / 'child')!r}).write_text('started')\n{CHILD}"
+    monkeypatch.setattr(deployer, "COMMAND", [sys.executable, "-c", child])
+    with serving(declared):
+        wait_until(lambda: target_states(connect(), declared.name)["shelf"].observed_at > asked_at)
+        asked = len((shelf / "calls-observe").read_text())
+        wait_until(lambda: len((shelf / "calls-observe").read_text()) >= asked + 3)
+        assert (tmp_path / "child").read_text() == "not started"
+        (shelf / "v9.9.9.gguf").write_text("by hand")
+        (shelf / "current").write_text("v9.9.9")
+        wait_until(lambda: serves(shelf, "v1.0.0") and is_active(declared))  # which needs a process
+        assert (tmp_path / "child").read_text() == "started"
+    assert "drift" in target_states(connect(), declared.name)["shelf"].facts
 
 
 def test_a_gateway_that_stops_gives_the_target_back(declared, ggufs, tmp_path):
