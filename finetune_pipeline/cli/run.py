@@ -75,6 +75,8 @@ def check(name: str | None, as_json: bool) -> None:
     Lists every problem that `finetune run` would stop at. The exit code is 1 if there is one. Otherwise it says which
     gains the benchmark can find, and how many questions it needs if it can decide nothing. Weights of a base model on
     Hugging Face are not downloaded. If a setting is invalid, the others are checked with its default.
+
+    Warns of environment variables of alerts and deployment targets that are not set; they stop no run.
     """
     invalid = []
     try:
@@ -84,8 +86,9 @@ def check(name: str | None, as_json: bool) -> None:
             raise
         loop, invalid = error.valid, error.problems
         click.echo("some settings are invalid; the others are checked with the defaults of these", err=True)
-    from finetune_pipeline.pipeline.check_loop import benchmark_note, check_loop
+    from finetune_pipeline.pipeline.check_loop import benchmark_note, check_loop, unset_variables
 
+    warnings = unset_variables(loop)
     problems = [*invalid, *check_loop(loop, download=False)]
     try:
         environment()
@@ -93,8 +96,10 @@ def check(name: str | None, as_json: bool) -> None:
         problems.append(str(error))
     notes = [] if problems else [benchmark_note(loop)]
     if as_json:
-        print_json({"loop": loop.name, "problems": problems, "notes": notes})
+        print_json({"loop": loop.name, "problems": problems, "warnings": warnings, "notes": notes})
         sys.exit(1 if problems else 0)
+    for warning in warnings:
+        click.secho(f"Warning: {warning}", fg="yellow", err=True)
     refuse(loop, problems)
     for line in (f"loop {loop.name}: no problems found", *notes):
         click.echo(line)

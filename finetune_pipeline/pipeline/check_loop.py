@@ -12,6 +12,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from finetune_pipeline.alerts import receivers
 from finetune_pipeline.curation.errors import CurationError
 from finetune_pipeline.database import connect
 from finetune_pipeline.evaluation.benchmark import BenchmarkError, load_benchmark
@@ -36,6 +37,7 @@ from finetune_pipeline.settings import (
     DocumentsSource,
     FilesSource,
     LoopSettings,
+    ServerTarget,
     SettingsError,
     Source,
     SqlSource,
@@ -97,6 +99,27 @@ def benchmark_note(loop: LoopSettings) -> str:
     questions = loop_files.benchmark(loop).questions
     units = {question.cluster or index for index, question in enumerate(questions)}
     return f"evaluation.benchmark: {benchmark_capacity(len(questions), len(units), loop.gate)}"
+
+
+def unset_variables(loop: LoopSettings) -> list[str]:
+    """Return the environment variables of alerts and deployment targets that are not set; a run goes on without them.
+
+    Each has the setting's line in the loop's YAML.
+    """
+    named = [
+        (f"alerts.{receiver}_env", variable, f"alerts are not sent to the {receiver}; export its URL")
+        for receiver, variable in receivers(loop.alerts).items()
+    ]
+    for index, target in enumerate(loop.deploy.targets):
+        if isinstance(target, ServerTarget) and target.api_key_env:
+            effect = f"the target {target.key} cannot be reached; export the API key of {target.url}"
+            named.append((f"deploy.targets[{index}].api_key_env", target.api_key_env, effect))
+    unset = [
+        (setting, f"{setting}: the environment variable {variable} is not set here, so {effect} in it")
+        for setting, variable, effect in named
+        if not os.environ.get(variable, "").strip()
+    ]
+    return _with_lines(loop, unset)
 
 
 def _at(setting: str, problems: Iterable[str]) -> list[tuple[str, str]]:

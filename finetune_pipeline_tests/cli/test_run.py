@@ -163,6 +163,26 @@ def declared(tmp_path, monkeypatch, text):
     return path
 
 
+@pytest.mark.usefixtures("own_home", "kept_base_checks")
+def test_check_warns_of_unset_variables_that_stop_no_run(tmp_path, monkeypatch):
+    (tmp_path / "b.jsonl").write_text('{"id": "q", "slice": "s", "prompt": "p", "expected": "e"}')
+    base, benchmark = PROJECT_ROOT / "data" / "starter_model", tmp_path / "b.jsonl"
+    lines = [
+        f"  base_model: {base}",
+        f"  evaluation: {{benchmark: {benchmark}, metric: rouge1}}",
+        "  alerts: {slack_env: MY_SLACK, webhook_env: MY_HOOK}",
+        "  deploy: {targets: [{kind: ollama, url: 'http://gpu:11434', api_key_env: MY_KEY}]}",
+    ]
+    declared(tmp_path, monkeypatch, "\n".join(lines) + "\n")
+    monkeypatch.setenv("MY_HOOK", "https://example.com/hook")
+    result = CliRunner().invoke(finetune, ["check"])
+    assert result.exit_code == 0 and result.stdout.startswith("loop notes: no problems found\n")
+    slack, key = result.stderr.splitlines()
+    assert slack.startswith("Warning: alerts.slack_env: the environment variable MY_SLACK is not set here, so alerts ")
+    assert slack.endswith("defs.yaml, line 6)") and "MY_KEY" in key and key.endswith("defs.yaml, line 7)")
+    assert len(json.loads(CliRunner().invoke(finetune, ["check", "--json"]).stdout)["warnings"]) == 2
+
+
 LENIENT = """\
   base_model: {base}
   evaluation: {{benchmark: /nowhere/b.jsonl, metric: rouge1}}
