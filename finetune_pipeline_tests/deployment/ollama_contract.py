@@ -474,19 +474,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.note("blob-head", f"{digest} was sent again")
         partial = path.with_name(f"{path.name}-{threading.get_ident()}")
         found = hashlib.sha256()
-        with partial.open("wb") as file:
-            for _ in range(0, length, 1 << 16):
-                chunk = self.rfile.read(min(1 << 16, length - file.tell()))
-                found.update(chunk)
-                file.write(chunk)
-                if fault == "full" and file.tell() >= length // 2:
-                    partial.unlink()
-                    self.close_connection = True
-                    raise Refused(500, "write sha256-1: no space left on device")
-        if f"sha256:{found.hexdigest()}" != digest:
-            partial.unlink()
-            raise Refused(400, f'digest mismatch, expected "{digest}", got "sha256:{found.hexdigest()}"')
-        partial.rename(path)
+        try:
+            with partial.open("wb") as file:
+                for _ in range(0, length, 1 << 16):
+                    chunk = self.rfile.read(min(1 << 16, length - file.tell()))
+                    found.update(chunk)
+                    file.write(chunk)
+                    if fault == "full" and file.tell() >= length // 2:
+                        self.close_connection = True
+                        raise Refused(500, "write sha256-1: no space left on device")
+            if f"sha256:{found.hexdigest()}" != digest:
+                raise Refused(400, f'digest mismatch, expected "{digest}", got "sha256:{found.hexdigest()}"')
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
         self.server.uploads.append(digest)
         self._json(None, 201)
 

@@ -17,6 +17,7 @@ from finetune_pipeline.inference.engine import Engine
 from finetune_pipeline.inference.protocol import END_TOKENS, GenerateRequest, ModelSpec
 from finetune_pipeline.inference.remote_engine import RemoteEngine
 from finetune_pipeline.settings import PROJECT_ROOT
+from finetune_pipeline_tests.waiting import wait_until
 
 PROMPTS = ["Add a 150 mm brick wall, 3 m high", "Move the door by 20 cm", "Two windows in the north wall"]
 STOCK = "{{ range .Messages }}<|im_start|>{{ .Role }}: {{ .Content }}<|im_end|>{{ end }}<|im_start|>assistant\n"
@@ -36,6 +37,15 @@ target.stage(release)
 target.activate(release)
 """
 """Stages and activates v1.0.0, as another process that can be killed."""
+HALF_UPLOADED = """
+import os
+from finetune_pipeline.deployment import ollama
+def half(path):
+    yield path.read_bytes()[: path.stat().st_size // 2]
+    os.kill(os.getpid(), 9)
+ollama._chunks = half
+"""
+"""Kills the process when it has sent half of the GGUF."""
 
 
 def deploy(target, release):
@@ -311,6 +321,19 @@ def test_an_interrupted_upload_leaves_nothing_and_a_finished_one_is_not_repeated
         target.stage(release)
     server.faults.clear()
     target.stage(release)
+    assert len(server.uploads) == 1 and server.violations == []
+
+
+def test_a_kill_in_the_middle_of_an_upload_leaves_nothing(server, make_ollama, make_release):
+    release = make_release()
+    command = [sys.executable, "-c", HALF_UPLOADED + SCRIPT, server.url, str(release.gguf), str(release.base_folder)]
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    wait_until(lambda: not list(server.folder.iterdir()))
+    assert (server.uploads, server.models) == ([], {})
+    target = make_ollama(server.url)
+    deploy(target, release)
+    assert target.observe(release).label == "v1.0.0"
     assert len(server.uploads) == 1 and server.violations == []
 
 

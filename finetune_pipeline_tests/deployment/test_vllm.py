@@ -16,6 +16,7 @@ from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.settings import PROJECT_ROOT, VllmTarget
 from finetune_pipeline_tests.adapters import write_adapter
 from finetune_pipeline_tests.deployment.vllm_double import LORA, RUNTIME_UPDATES, vllm_double
+from finetune_pipeline_tests.pipeline.test_full_disk import small_disk
 
 STARTER = PROJECT_ROOT / "data" / "starter_model"
 SCRIPT = """
@@ -347,7 +348,7 @@ def test_a_fault_while_an_adapter_is_loaded_is_tried_again(vllm, server, release
     server.faults["/v1/load_lora_adapter"] = fault
     second = release("v1.1.0", 1)
     with pytest.raises(TargetError, match=FAULTS[fault]):
-        vllm(timeout_seconds=0.5).stage(second)
+        vllm(timeout_seconds=0.5 if fault == "silent" else 30).stage(second)
     server.faults.clear()
     assert vllm().observe(second).label == "v1.0.0"
     deploy(vllm(), second)
@@ -369,6 +370,18 @@ def test_a_kill_while_the_server_loads_or_unloads(vllm, server, release, tmp_pat
     deploy(vllm(), second)
     assert vllm().observe(second).label == "v1.1.0" and list(server.adapters) == ["notes-v1.1.0"]
     assert sorted(path.name for path in (tmp_path / "served").iterdir()) == ["notes-v1.1.0", "notes.vllm.json"]
+
+
+def test_a_full_disk_leaves_the_release_that_serves(vllm, server, release, own_home):
+    with small_disk("disk") as leave:
+        folder, first = own_home / "disk", release()
+        deploy(vllm(folder=str(folder)), first)
+        leave(4096)
+        with pytest.raises(TargetError, match=r"the disk of .* is full .*; nothing was changed there"):
+            vllm(folder=str(folder)).stage(release("v1.1.0", 1))
+        assert {path.name for path in folder.iterdir()} == {"filler", "notes-v1.0.0", "notes.vllm.json"}
+        assert list(server.adapters) == ["notes-v1.0.0"]
+        assert vllm(folder=str(folder)).observe(first).label == "v1.0.0"
 
 
 def test_a_folder_that_a_killed_process_left_is_removed(vllm, release, tmp_path):
