@@ -107,7 +107,7 @@ class RunningServer:
     def chat(self, model: str, prompt: str, **fields: Any) -> str:
         """Return the answer to a prompt at temperature 0."""
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": 24, **fields}
-        response = httpx.post(f"{self.url}/v1/chat/completions", json={"temperature": 0, **body}, timeout=120)
+        response = httpx.post(f"{self.url}/v1/chat/completions", json={"temperature": 0, **body}, timeout=600)
         assert response.status_code == 200, response.text
         return str(response.json()["choices"][0]["message"]["content"])
 

@@ -204,7 +204,7 @@ from finetune_pipeline_tests.deployment.shelf import Shelf
 deploy.open_target = Shelf
 target_state.LEASE_SECONDS = 1.0
 loop = pickle.load(sys.stdin.buffer)
-options.the_loop = lambda name: loop
+options.the_loop = options.load_loop = lambda name: loop
 model.model(sys.argv[1:])
 """
 

@@ -46,6 +46,7 @@ def make_deployed(make_loop, server, tmp_path):
 
     def make(form):
         target = {"kind": "llama_server", "form": form, "url": server.url, "folder": str(tmp_path / "served")}
+        target["timeout_seconds"] = 600  # on a busy machine
         evaluation = {"benchmark": "", "metric": "rouge1", "max_tokens": 16, "context": 256}
         return make_loop(base_model=str(STARTER), evaluation=evaluation, deploy={"targets": [target]})
 

@@ -144,7 +144,7 @@ class Running:
         self.url = url
         self.gateway = gateway
         self.server = server
-        self.http = httpx.Client(base_url=url, timeout=60)
+        self.http = httpx.Client(base_url=url, timeout=300)
 
     @property
     def guard(self) -> RequestGuard:

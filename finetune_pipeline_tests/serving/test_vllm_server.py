@@ -92,7 +92,7 @@ def running(command, python, log):
         except httpx.TransportError:
             return False
 
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as http:
         try:
             wait_until(is_up, timeout=1500, what="vLLM starts")
             yield http
@@ -113,7 +113,8 @@ def settings(tmp_path_factory):
     (folder / "benchmark.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(**target):
-        given = {"kind": "vllm", "url": f"http://127.0.0.1:{port}", "folder": str(folder / "served"), **target}
+        folders = {"folder": str(folder / "served"), "timeout_seconds": 600}  # on a busy machine
+        given = {"kind": "vllm", "url": f"http://127.0.0.1:{port}", **folders, **target}
         return make_loop(
             evaluation={"benchmark": str(folder / "benchmark.jsonl"), "metric": "rouge1", "max_tokens": 24,
                         "context": 512},
