@@ -202,8 +202,13 @@ def test_a_gateway_that_is_killed_while_it_deploys_leaves_the_old_or_the_new_cha
     process.stdin.close()
     assert process.stdout.readline() == b"ready\n"
     running = Running(f"http://127.0.0.1:{port}")
-    with pytest.raises(Exception, match=r"disconnected|reset|closed"):
-        post(running, f"{MODELS}/{name}/deploy")
+    try:
+        with pytest.raises(Exception, match=r"disconnected|reset|closed"):
+            post(running, f"{MODELS}/{name}/deploy")
+        process.wait(60)
+    finally:
+        process.kill()
+        running.http.close()
     assert process.wait() == -signal.SIGKILL
     assert (served() is not None) == (where in {"_record", "_tell"})
     with serving(loop) as again:
