@@ -2,6 +2,7 @@
 # make doctor  what this machine can run, with remedies
 # make demo    set up, run the complete loop on the sample logs, show the result
 # make test    set up, run the tests
+# make test-ui the console in a real browser
 # make ui      Dagster's UI for this project
 # make console the loop in a browser, for people who never open a terminal
 # make serve   the gateway: an OpenAI-compatible API for the promoted models

@@ -212,11 +212,12 @@ def test_a_training_that_cannot_start_says_why(console):
 
 
 def test_a_file_with_a_bad_row_is_refused_and_then_becomes_a_dataset(console, tmp_path):
-    answer = '{"element":"wall","material":"concrete","thickness_mm":150}'
+    with connect().read() as connection:
+        corrected = search(connection, LOOP, InteractionFilter(label="correction"), 80)
     rows = [
-        {"messages": [{"role": "user", "content": f"wall number {n} of 150 mm concrete"},
-                      {"role": "assistant", "content": answer}]}
-        for n in range(40)
+        {"messages": [{"role": "user", "content": one.interaction.prompt},
+                      {"role": "assistant", "content": one.example.target}]}
+        for one in corrected
     ]  # fmt: skip
     good = [json.dumps(row) for row in rows]
     (tmp_path / "rows.jsonl").write_text("\n".join([*good[:3], '{"messages": 5}', *good[3:]]))
@@ -229,7 +230,7 @@ def test_a_file_with_a_bad_row_is_refused_and_then_becomes_a_dataset(console, tm
     assert "line 4" in console.text
     (tmp_path / "rows.jsonl").write_text("\n".join(good))
     console.page.locator("input[type=file]").set_input_files(tmp_path / "rows.jsonl")
-    console.page.get_by_text("40 lines can be used").wait_for()
+    console.page.get_by_text("80 lines can be used").wait_for()
     console.wait()
     console.click("Build a dataset")
     console.page.get_by_text("to train on").first.wait_for()

@@ -139,6 +139,7 @@ def _upload() -> None:
         parts.empty("No file is chosen.", "Drop a file of JSON lines here. Its lines are checked before it is used.")
         return
     build = st.button("Build a dataset", type="primary", icon=":material/construction:")
+    given.seek(0)  # an earlier run of the page may have read it
     with new_file() as file:
         while piece := given.read(_PIECE):
             file.write(piece)

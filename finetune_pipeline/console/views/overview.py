@@ -63,7 +63,7 @@ def _problems(
             yield f"The target {parts.plain(target.summary)}. The page Models says why."
     newest = figures.jobs[0] if figures.jobs else None
     if newest is not None and newest.status == "failed":
-        yield f"The last training failed: {parts.plain(newest.error.partition(chr(10))[0][:300])}"
+        yield f"The last training failed: {parts.plain(session.redacted(newest.error.partition(chr(10))[0][:300]))}"
     if isinstance(automation, Automation):
         on = [name for name, is_on in automation.switched_on.items() if is_on and name.startswith(f"{loop.name}_")]
         if on and not automation.daemon:
