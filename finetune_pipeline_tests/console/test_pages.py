@@ -211,7 +211,8 @@ def test_a_training_that_cannot_start_says_why(console):
     assert [outcome == "" for _, outcome in audit()] == [False, False]
 
 
-def test_a_file_with_a_bad_row_is_refused_and_then_becomes_a_dataset(console, tmp_path):
+def upload(console, path, *, bad=""):
+    """Choose a file of corrected answers on the page Data, with a bad line before them."""
     with connect().read() as connection:
         corrected = search(connection, LOOP, InteractionFilter(label="correction"), 80)
     rows = [
@@ -219,25 +220,28 @@ def test_a_file_with_a_bad_row_is_refused_and_then_becomes_a_dataset(console, tm
                       {"role": "assistant", "content": one.example.target}]}
         for one in corrected
     ]  # fmt: skip
-    good = [json.dumps(row) for row in rows]
-    (tmp_path / "rows.jsonl").write_text("\n".join([*good[:3], '{"messages": 5}', *good[3:]]))
+    path.write_text("\n".join([*([bad] if bad else []), *map(json.dumps, rows)]))
     console.open("Data")
     assert "No dataset was built yet." in console.text
     console.page.get_by_role("tab", name="Upload").click()
-    console.page.locator("input[type=file]").set_input_files(tmp_path / "rows.jsonl")
-    console.page.get_by_text("1 line cannot be used").wait_for()
-    console.click("Build a dataset")
-    assert "line 4" in console.text
-    (tmp_path / "rows.jsonl").write_text("\n".join(good))
-    console.page.locator("input[type=file]").set_input_files(tmp_path / "rows.jsonl")
+    console.page.locator("input[type=file]").set_input_files(path)
     console.page.get_by_text("80 lines can be used").wait_for()
     console.wait()
+
+
+def test_a_file_with_a_bad_row_is_refused(console, tmp_path):
+    upload(console, tmp_path / "rows.jsonl", bad='{"messages": 5}')
+    assert "1 line cannot be used" in console.text
+    console.click("Build a dataset")
+    assert "line 1: messages" in console.text
+    assert [(action, outcome == "") for action, outcome in audit()] == [("dataset upload", False)]
+
+
+def test_an_uploaded_file_becomes_a_dataset(console, tmp_path):
+    upload(console, tmp_path / "rows.jsonl")
     console.click("Build a dataset")
     console.page.get_by_text("to train on").first.wait_for()
-    assert [(action, outcome == "") for action, outcome in audit()] == [
-        ("dataset upload", False),
-        ("dataset upload", True),
-    ]
+    assert audit() == [("dataset upload", "")]
 
 
 def test_settings_are_found(reader):
