@@ -118,7 +118,10 @@ LoopPath = Annotated[str, AfterValidator(_from_loop_folder)]
 
 
 class Settings(BaseModel):
-    """Base class of all settings: frozen; unknown keys, NaN and infinity are errors."""
+    """Base class of all settings: frozen; unknown keys, NaN and infinity are errors.
+
+    A default has the type that reading gives, so 7.0 for a float: hashes of equal settings have to be equal.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -188,7 +191,7 @@ class TeacherSettings(Settings):
     model: str = Field(min_length=1, description="Name of the model at the endpoint.")
     api_key_env: str | None = Field(default=None, description="Environment variable with the API key.")
     max_tokens: int = Field(default=200_000, ge=1, description="Budget of one sync, in prompt and completion tokens.")
-    timeout_seconds: float = Field(default=60, gt=0, description="Timeout of a request.")
+    timeout_seconds: float = Field(default=60.0, gt=0, description="Timeout of a request.")
     attempts: int = Field(default=4, ge=1, description="Attempts per request.")
     parallel: int = Field(default=4, ge=1, le=64, description="Number of concurrent requests.")
 
@@ -347,7 +350,7 @@ class SqlSource(SourceSettings):
         default={}, description="Column -> allowed values. Other rows are not read."
     )
     overlap: float = Field(
-        default=60,
+        default=60.0,
         ge=0,
         description="How far before the end of the last sync the next one starts, for rows that were committed "
         "late: in seconds if the cursor is a time, else in its own unit.",
@@ -780,7 +783,7 @@ class UpstreamSettings(Settings):
     url: str = Field(pattern="^https?://", description="Base URL of the server, usually ending in /v1.")
     model: str = Field(min_length=1, description="Name of the model at the server.")
     api_key_env: str | None = Field(default=None, description="Environment variable with the API key.")
-    timeout_seconds: float = Field(default=60, gt=0, description="Longest wait for the next part of a response.")
+    timeout_seconds: float = Field(default=60.0, gt=0, description="Longest wait for the next part of a response.")
     extra_body: dict[str, Any] = Field(default={}, description="Further fields of each request, by the server's names.")
 
 
@@ -823,7 +826,7 @@ class ServingSettings(Settings):
         default=0.5, ge=0, le=1, description="Fraction of empty answers above which /healthz is degraded; 1: never."
     )
     stuck_seconds: float = Field(
-        default=120, ge=1, description="An engine without progress for this long is killed and restarted."
+        default=120.0, ge=1, description="An engine without progress for this long is killed and restarted."
     )
     context: int | None = Field(
         default=None, ge=64, description="Tokens of prompt and completion; default: evaluation.context."
@@ -864,7 +867,7 @@ class ServerTarget(TargetSettings):
 
     url: str = Field(pattern="^https?://", description="Base URL of the server, without /v1.")
     api_key_env: str | None = Field(default=None, description="Environment variable with the API key.")
-    timeout_seconds: float = Field(default=60, gt=0, description="Longest wait for one response of the server.")
+    timeout_seconds: float = Field(default=60.0, gt=0, description="Longest wait for one response of the server.")
     keep: int = Field(default=2, ge=1, description="Releases that stay on the server, the active one among them.")
 
 
@@ -974,7 +977,7 @@ class DeploySettings(Settings):
         default=50, ge=1, description="Benchmark questions that a staged release answers before it becomes active."
     )
     retry_seconds: float = Field(
-        default=30,
+        default=30.0,
         gt=0,
         description="Wait before the second try of a target; doubled for each further one, to an hour.",
     )
@@ -1026,7 +1029,7 @@ class ParametersMetric(MetricSettings):
         default={}, description="Path -> how often a value counts; default 1. Values with 0 are not compared."
     )
     relative_tolerance: float = Field(
-        default=0, ge=0, lt=1, description="Largest relative error of a number: 0.01 accepts 101 for 100."
+        default=0.0, ge=0, lt=1, description="Largest relative error of a number: 0.01 accepts 101 for 100."
     )
     tolerances: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default={}, description="Path -> largest absolute error of a number, instead of the relative one."
@@ -1117,7 +1120,7 @@ class CodeTestsMetric(MetricSettings):
     """Answers whose Python code passes the question's `tests` in a sandbox without network (Linux, bubblewrap)."""
 
     kind: Literal["tests"] = "tests"
-    timeout_seconds: float = Field(default=5, gt=0, le=300, description="Longest run of an answer with its tests.")
+    timeout_seconds: float = Field(default=5.0, gt=0, le=300, description="Longest run of an answer with its tests.")
     memory_mb: int = Field(default=512, ge=64, description="Most memory of an answer's processes together.")
 
 
@@ -1147,7 +1150,7 @@ class JudgeMetric(MetricSettings):
         default="correct, complete and no longer than needed", min_length=1, description="What a good answer is."
     )
     max_tokens: int = Field(default=16, ge=1, description="Maximum tokens of a verdict; models that reason need more.")
-    timeout_seconds: float = Field(default=60, gt=0, description="Timeout of a verdict.")
+    timeout_seconds: float = Field(default=60.0, gt=0, description="Timeout of a verdict.")
     attempts: int = Field(default=3, ge=1, le=10, description="Attempts per verdict, if the endpoint fails.")
     parallel: int = Field(default=4, ge=1, le=64, description="Number of concurrent requests.")
     max_pairs: int = Field(
@@ -1307,7 +1310,7 @@ class GateSettings(Settings):
         "comparisons.",
     )
     confirm_days: float = Field(
-        default=7,
+        default=7.0,
         gt=0,
         description="Days without a rollback after which a promotion is confirmed, which renews the error budget.",
     )
@@ -1349,10 +1352,10 @@ class TriggerSettings(Settings):
     max_attempts: int = Field(
         default=3, ge=1, description="Runs on the same data, if they fail, before the sensor waits for more data."
     )
-    retry_after_minutes: float = Field(default=5, ge=0, description="Minutes between a failed run and the next.")
+    retry_after_minutes: float = Field(default=5.0, ge=0, description="Minutes between a failed run and the next.")
     interval_seconds: int = Field(default=30, ge=5, description="Seconds between two evaluations of the sensor.")
     stalled_minutes: float = Field(
-        default=60, gt=0, description="An unfinished run that logs nothing for so long no longer delays the next run."
+        default=60.0, gt=0, description="An unfinished run that logs nothing for so long no longer delays the next run."
     )
     running: bool = Field(
         default=False, description="Turn the sensor and both schedules on by default, without a click in the UI."
@@ -1392,7 +1395,7 @@ class AlertSettings(Settings):
     slack_env: _VariableName | None = Field(
         default=None, description="Environment variable with the URL of a Slack incoming webhook, or a compatible one."
     )
-    timeout_seconds: float = Field(default=5, gt=0, le=60, description="Longest time that sending an alert may take.")
+    timeout_seconds: float = Field(default=5.0, gt=0, le=60, description="Longest time that sending an alert may take.")
     freshness_days: float | None = Field(
         default=None,
         ge=0.001,

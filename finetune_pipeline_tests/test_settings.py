@@ -1,5 +1,8 @@
+import inspect
+
 import pytest
 
+from finetune_pipeline import settings
 from finetune_pipeline.settings import (
     COMPONENT_TYPE,
     LoopSettings,
@@ -31,6 +34,20 @@ def loop_yaml(attributes):
 
 
 YAML = "name: notes\nbase_model: some/model\nevaluation: {benchmark: notes.jsonl, metric: rouge1}\n"
+
+
+def test_defaults_are_those_that_reading_gives():
+    """A loop passed on as JSON, to a child process, has the hashes of the loop in the YAML."""
+    wrong = [
+        f"{kind.__name__}.{name}"
+        for _, kind in inspect.getmembers(settings, inspect.isclass)
+        if issubclass(kind, settings.Settings)
+        for name, field in kind.model_fields.items()
+        if field.annotation is float and type(field.default) is int
+    ]
+    assert wrong == []
+    loop = load_loop("aec_parser")
+    assert LoopSettings.model_validate_json(loop.model_dump_json()).model_dump_json() == loop.model_dump_json()
 
 
 def test_the_default_loop_has_bare_asset_keys():

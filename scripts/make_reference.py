@@ -125,6 +125,8 @@ def _table(model: type[BaseModel], skip: set[str] = frozenset()) -> str:  # type
             default = default.model_dump(mode="json", exclude_defaults=True)
         elif isinstance(default, tuple):
             default = list(default)
+        elif isinstance(default, float) and default.is_integer():
+            default = int(default)
         shown = "" if default is PydanticUndefined else f"`{'' if default is None else json.dumps(default)}`"
         kind = _type(schema["properties"][name], schema.get("$defs", {}))
         unset = "not set" if "`none`" in kind else "none"

@@ -25,6 +25,7 @@ WITHOUT_JSON = {
     "demo": "as run",
     "ui": "serves until it is stopped",
     "serve": "serves until it is stopped",
+    "console": "serves until it is stopped",
     "env": "prints shell commands",
     "ask": "prints the answer, which is JSON if the loop has a schema",
     "dataset export": "writes a file",
