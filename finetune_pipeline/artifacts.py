@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -390,7 +391,8 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[IO[str]]:
     """
     if path.exists() and not force:
         raise FileExistsError(errno.EEXIST, "already exists", str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The thread too: two requests of the gateway may write the same file at once.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             yield file

@@ -3,6 +3,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,6 +17,7 @@ from finetune_pipeline.artifacts import (
     get_latest,
     hash_file,
     hash_file_cached,
+    new_file,
     publish,
     stage_folder,
 )
@@ -118,6 +121,8 @@ def test_a_run_has_its_own_latest_version():
 
 WRITER = """
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from finetune_pipeline.artifacts import write_text
 path = Path(sys.argv[1])
@@ -191,3 +196,18 @@ def test_a_file_is_hashed_again_only_after_a_change(tmp_path, own_home, monkeypa
     assert hash_file_cached(file, force=True) == hash_file(file) and len(read) == 6
     (own_home / "cache" / "file_hashes.json").write_text("{")
     assert hash_file_cached(file) == hash_file(file)
+
+
+def test_threads_that_write_one_file_at_once_do_not_take_each_others_temporary_file(tmp_path):
+    path, meet = tmp_path / "same.txt", threading.Barrier(2)
+
+    def write(text):
+        for _ in range(50):
+            with new_file(path, force=True) as file:
+                meet.wait()  # both temporary files are open
+                file.write(text)
+
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(write, text) for text in ("a", "b")]:
+            done.result()
+    assert path.read_text() in ("a", "b") and [one.name for one in tmp_path.iterdir()] == ["same.txt"]

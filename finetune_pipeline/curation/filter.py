@@ -13,6 +13,7 @@ Loads numpy.
 import hashlib
 import json
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,7 +157,7 @@ def _write(path: Path, results: "Iterator[pa.RecordBatch]", count: int) -> "pa.T
     import pyarrow as pa
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with pa.ipc.new_file(str(temporary), schema()) as writer:
             while count > 0:

@@ -22,11 +22,17 @@ class UnknownDatasetError(ArtifactError):
 class ExampleFilter(Record):
     """Which examples of a dataset to export: those that pass every filter that is given."""
 
-    author: tuple[ShortText, ...] = Field(default=(), description="Who wrote the prompt: one of these users.")
-    domain: tuple[ShortText, ...] = Field(default=(), description="Domain of the interaction: one of these.")
-    kind: tuple[ShortText, ...] = Field(default=(), description="Kind of the interaction: one of these.")
+    author: tuple[ShortText, ...] = Field(
+        default=(), description="Who wrote the prompt: one of these users.", fail_fast=True
+    )
+    domain: tuple[ShortText, ...] = Field(
+        default=(), description="Domain of the interaction: one of these.", fail_fast=True
+    )
+    kind: tuple[ShortText, ...] = Field(
+        default=(), description="Kind of the interaction: one of these.", fail_fast=True
+    )
     source: tuple[ShortText, ...] = Field(
-        default=(), description="Declared source, or logs, ingested, upload or replay: one of these."
+        default=(), description="Declared source, or logs, ingested, upload or replay: one of these.", fail_fast=True
     )
     since: UtcDatetime | None = Field(default=None, description="Logged at this time or later.")
     until: UtcDatetime | None = Field(default=None, description="Logged before this time.")

@@ -57,7 +57,7 @@ class NewComparison(api.Request):
     base: GivenModel | None = Field(
         default=None, description="The model to compare it with, of the same loop; default: the loop's base model."
     )
-    prompts: Annotated[list[GivenPrompt], Field(min_length=1, max_length=MAX_PROMPTS)] | None = Field(
+    prompts: Annotated[list[GivenPrompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)] | None = Field(
         default=None, description="Prompts to ask both; default: the loop's benchmark."
     )
 

@@ -114,7 +114,7 @@ def files_of(examples, replay):
             UNPAIRED_PREFERENCE,
         }
         plain = [path.read_text() for path in files if path.suffix != ".arrow"]
-    return built, "\n".join([*plain, *(json.dumps(row, ensure_ascii=False) for row in rows)])
+    return built, "\n".join([*plain, *(json.dumps(row, ensure_ascii=False, default=str) for row in rows)])
 
 
 def test_the_random_logs_need_every_step_of_selection():

@@ -53,7 +53,7 @@ def test_the_gate_refuses_a_judge_and_a_further_metric_does_not(make_loop):
     [
         ({"kind": "function", "function": "nowhere.tone"}, "the function nowhere.tone of the metric function cannot"),
         ({"kind": "judge", "url": "http://a/v1", "model": "m", "api_key_env": "NO_KEY"}, "NO_KEY is not set"),
-        ({"kind": "parameters", "weights": {"no.path": 2}}, "names the path no.path, which no expected answer has"),
+        ({"kind": "parameters", "weights": {"no.path": 2}}, "choose a metric of texts, such as exact"),
     ],
 )
 def test_a_check_names_a_metric_that_cannot_be_used(make_loop, metric, words):

@@ -69,7 +69,7 @@ def test_decisions_decide_what_trains_and_survive_a_rebuild(loop, logged):
     expected = ["ben said it better", "cid spoke", "dan spoke", "eve spoke"]
     assert second.manifest.version != first.manifest.version and answers(second) == expected
     assert second.manifest.left_out == {"rejected by a reviewer": 1}
-    assert not any("amy spoke" in json.dumps(row) for row in read_all(second.path))
+    assert not any("amy spoke" in json.dumps(row, default=str) for row in read_all(second.path))
     put(loop, feedback("praise", "amy", "thumbs_up", minutes=9), feedback("blame", "eve", "thumbs_down", minutes=9))
     for stage in (RawLogsManifest, DatasetManifest):
         shutil.rmtree(stage_folder(loop.name, stage.stage))
