@@ -1,5 +1,6 @@
-"""Host names: whether only this machine can reach an address."""
+"""This machine: whether only it can reach an address, and who uses it."""
 
+import getpass
 from ipaddress import ip_address
 
 
@@ -16,3 +17,11 @@ def is_loopback(host: str) -> bool:
 def without_port(host: str) -> str:
     """Return the host of `host:port` or `host`; an IPv6 address is in brackets."""
     return host if host.endswith("]") else host.rsplit(":", 1)[0]
+
+
+def os_user() -> str:
+    """Return the name of the operating system's user, for histories and logs."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

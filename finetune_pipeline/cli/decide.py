@@ -3,7 +3,8 @@
 import click
 
 from finetune_pipeline.cli.deploy import follow_champion
-from finetune_pipeline.cli.options import actor, loop_option
+from finetune_pipeline.cli.options import loop_option
+from finetune_pipeline.hosts import os_user
 from finetune_pipeline.settings import LoopSettings
 
 _reason = click.option("--reason", required=True, help="Recorded in the history, with your name.")
@@ -25,7 +26,7 @@ def approve(version: str, reason: str, loop: LoopSettings) -> None:
     from finetune_pipeline.pipeline.promote import approve_challenger
 
     challenger = find_challenger(connect(), version, loop.name)
-    result = approve_challenger(loop, challenger, actor(), reason, click.echo)
+    result = approve_challenger(loop, challenger, os_user(), reason, click.echo)
     click.echo(f"{result.model.name} is the champion now: {result.model.gguf_path}")
     follow_champion(loop)
 
@@ -42,7 +43,7 @@ def reject(version: str, reason: str, loop: LoopSettings) -> None:
 
     database = connect()
     challenger = find_challenger(database, version, loop.name)
-    reject_challenger(database, loop, challenger, actor(), reason)
+    reject_challenger(database, loop, challenger, os_user(), reason)
     click.echo(f"{challenger.name} is rejected; the champion stays")
 
 
@@ -65,9 +66,9 @@ def promote(version: str, force: bool, reason: str, loop: LoopSettings) -> None:
 
     challenger = find_challenger(connect(), version, loop.name)
     if force:
-        model = force_challenger(loop, challenger, actor(), reason, log=click.echo)
+        model = force_challenger(loop, challenger, os_user(), reason, log=click.echo)
     else:
-        result = promote_accepted(loop, challenger, actor(), click.echo)
+        result = promote_accepted(loop, challenger, os_user(), click.echo)
         again = f'`finetune model promote {challenger.name} --force --reason "..."` overrules that'
         if isinstance(result, NotPromoted):
             raise click.ClickException(f"{challenger.name}: {result.reason}; {again}")
@@ -91,7 +92,7 @@ def archive(version: str, reason: str, loop: LoopSettings) -> None:
     from finetune_pipeline.database import connect
     from finetune_pipeline.registry.champion import archive as archive_version
 
-    click.echo(f"{archive_version(connect(), loop.name, version, actor(), reason).name} is archived")
+    click.echo(f"{archive_version(connect(), loop.name, version, os_user(), reason).name} is archived")
 
 
 @click.command()
@@ -103,4 +104,4 @@ def unarchive(version: str, reason: str, loop: LoopSettings) -> None:
     from finetune_pipeline.database import connect
     from finetune_pipeline.registry.champion import unarchive as unarchive_version
 
-    click.echo(f"{unarchive_version(connect(), loop.name, version, actor(), reason).name} is not archived any more")
+    click.echo(f"{unarchive_version(connect(), loop.name, version, os_user(), reason).name} is not archived any more")

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from finetune_pipeline.cli.decide import approve, archive, promote, reject, unarchive
 from finetune_pipeline.cli.deploy import follow_champion
-from finetune_pipeline.cli.options import UNLIMITED, actor, json_option, loop_option, print_json
+from finetune_pipeline.cli.options import UNLIMITED, json_option, loop_option, print_json
+from finetune_pipeline.hosts import os_user
 from finetune_pipeline.settings import LoopSettings
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def switch(version: str, reason: str, loop: LoopSettings) -> None:
     if (before.id if before else None) == (target.id if target else None):
         click.echo(f"{_name(target, loop)} is already the champion")
         return
-    found = switch_to(database, loop.name, version, actor(), reason, loop.deploy.config)
+    found = switch_to(database, loop.name, version, os_user(), reason, loop.deploy.config)
     click.echo(f"{_name(found, loop)} is the champion now")
     follow_champion(loop)
 
@@ -227,9 +228,9 @@ def rollback(version: str | None, reason: str, loop: LoopSettings) -> None:
     target = resolve(database, given, loop.name) if given else None
     previous = deployment_stack(list_deployments(database, loop.name))[-2:-1]
     if given and previous != [target.id if target else None]:
-        found = switch(database, loop.name, given, actor(), reason, loop.deploy.config)
+        found = switch(database, loop.name, given, os_user(), reason, loop.deploy.config)
     else:
-        found = roll_back(database, loop.name, actor(), reason, loop.deploy.config)
+        found = roll_back(database, loop.name, os_user(), reason, loop.deploy.config)
     click.echo(f"{_name(found, loop)} is the champion again")
     follow_champion(loop)
 
@@ -347,7 +348,7 @@ def gc(keep: int | None, dry_run: bool, yes: bool, loop: LoopSettings, as_json: 
         return
     if not yes:
         click.confirm(f"delete {what}?", abort=True)
-    deleted = delete_models(database, loop, base, kept, [one.folder.path for one in to_delete], actor())
+    deleted = delete_models(database, loop, base, kept, [one.folder.path for one in to_delete], os_user())
     click.echo(f"deleted {len(deleted)} of {len(decisions)} folders, {_megabytes(deleted)}")
     if len(deleted) < len(to_delete):
         click.echo(f"kept {len(to_delete) - len(deleted)} folders that are in use by now")

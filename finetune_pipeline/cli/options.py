@@ -1,6 +1,5 @@
 """Options shared by several commands."""
 
-import getpass
 import json
 import socket
 from collections.abc import Sequence
@@ -124,11 +123,3 @@ def one_line(text: str) -> str:
     """Return a text in one line, cut to 100 characters."""
     joined = " ".join(text.split())
     return joined if len(joined) <= _WIDTH else joined[: _WIDTH - 3] + "..."
-
-
-def actor() -> str:
-    """Return the name of the operating system user, for the deployment history."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

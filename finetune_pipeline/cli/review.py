@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from finetune_pipeline.cli.options import actor, json_option, loop_option, print_json
+from finetune_pipeline.cli.options import json_option, loop_option, print_json
+from finetune_pipeline.hosts import os_user
 from finetune_pipeline.settings import LoopSettings
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def review(loop: LoopSettings, limit: int | None, reviewer: str | None, as_json:
     from finetune_pipeline.database import connect
     from finetune_pipeline.pipeline.review_queue import ReviewSession
 
-    session = ReviewSession(loop, connect(), reviewer or actor(), limit)
+    session = ReviewSession(loop, connect(), reviewer or os_user(), limit)
     if as_json:
         print_json([_queued_json(queued) for queued in session.queue])
         return

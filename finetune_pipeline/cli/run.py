@@ -18,7 +18,8 @@ import click
 
 from finetune_pipeline.artifacts import try_lock
 from finetune_pipeline.cli.dagster_home import environment
-from finetune_pipeline.cli.options import PORTS, actor, bind, json_option, loop_option, print_json
+from finetune_pipeline.cli.options import PORTS, bind, json_option, loop_option, print_json
+from finetune_pipeline.hosts import os_user
 from finetune_pipeline.settings import (
     PROJECT_ROOT,
     InvalidSettings,
@@ -241,4 +242,4 @@ def run_job(loop: LoopSettings, run_id: str, log: Path, *, verbose: bool = False
     os.environ.update(environment())
     from finetune_pipeline.orchestration.local_run import run_loop
 
-    return run_loop(loop, run_id, log, click.echo, created_by=actor(), verbose=verbose)
+    return run_loop(loop, run_id, log, click.echo, created_by=os_user(), verbose=verbose)

@@ -1,6 +1,5 @@
 """Who may use the console: everybody on this machine while no API key exists, otherwise who has a key."""
 
-import getpass
 import secrets
 import threading
 import time
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 
 from finetune_pipeline.database import Database
 from finetune_pipeline.database.api_keys import SCOPES, ApiKey, Scope, hash_of_secret, list_keys
+from finetune_pipeline.hosts import os_user
 
 SESSION_SECONDS = 12 * 3600
 """How long a login holds."""
@@ -79,9 +79,9 @@ class ConsoleAccess:
             self._sessions.pop(token, None)
 
     def user(self, token: str | None) -> ConsoleUser | None:
-        """Return who has this session, or who uses this machine if no login is needed; None if nobody."""
+        """Return the user of this session, or the operating system's if no login is needed; None without a session."""
         if self.open:
-            return ConsoleUser(_local_name(), frozenset(SCOPES), by_key=False)
+            return ConsoleUser(os_user(), frozenset(SCOPES), by_key=False)
         hashed, end = self._sessions.get(token or "", ("", 0.0))
         key = self._key_with(hashed) if end > time.monotonic() else None
         return None if key is None else ConsoleUser(key.name, frozenset(key.scopes), by_key=True)
@@ -94,10 +94,3 @@ class ConsoleAccess:
         if time.monotonic() - self._read_at > _REFRESH_SECONDS:
             self._keys, self._read_at = list_keys(self._database), time.monotonic()
         return self._keys
-
-
-def _local_name() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

@@ -3,7 +3,7 @@
 import html
 from urllib.parse import parse_qs, urlsplit
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -57,7 +57,8 @@ class ConsoleGuard:
 
     async def _refusal(self, scope: Scope, receive: Receive) -> Response | None:
         """Return the response instead of the application's; None if the request may pass."""
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        connection = HTTPConnection(scope)
+        headers = connection.headers
         host, origin = headers.get("host", ""), headers.get("origin")
         # A web page can send requests to this machine, even under its own domain that resolves to 127.0.0.1.
         if self._access.open and not is_loopback(without_port(host)):
@@ -71,7 +72,7 @@ class ConsoleGuard:
             return PlainTextResponse(f"Pages of {origin[:100]!r} may not use the console.", status_code=403)
         if self._access.open:
             return None
-        path, token = scope["path"], _token(headers.get("cookie", ""))
+        path, token = scope["path"], connection.cookies.get(COOKIE, "")
         if path == LOGIN and scope["method"] == "POST":
             return await self._log_in(Request(scope, receive))
         if path == LOGOUT:
@@ -105,8 +106,3 @@ def _login_page(problem: str, status: int) -> Response:
     shown = f'<p role="alert">{html.escape(problem)}</p>' if problem else ""
     headers = {"Cache-Control": "no-store", "Content-Security-Policy": "frame-ancestors 'none'"}
     return HTMLResponse(_PAGE.format(problem=shown), status, headers)
-
-
-def _token(cookie: str) -> str:
-    pairs = (pair.strip().partition("=") for pair in cookie.split(";"))
-    return next((value for name, _, value in pairs if name == COOKIE), "")

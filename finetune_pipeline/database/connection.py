@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 
 from finetune_pipeline.settings import database_url, survives_power_cut
 
-HEAD = "0024"
+HEAD = "0025"
 """The newest migration. Stated here, so that an up-to-date database is opened without importing Alembic."""
 
 _BUSY_MS = 30_000

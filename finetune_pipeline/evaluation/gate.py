@@ -33,7 +33,7 @@ HEADLINES: dict[Decision, str] = {
 USUALLY_DIFFERING = 0.15
 """Fraction of the questions whose score usually differs between two trainings, for what a benchmark can decide."""
 
-_GAIN = 0.05  # for which a benchmark that can decide nothing is told the number of questions
+_GAIN = 0.05  # the example for which a benchmark that is too small gets the number of questions it needs
 
 
 @dataclass(frozen=True)

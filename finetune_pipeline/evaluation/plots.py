@@ -182,7 +182,7 @@ def _legend_below(axes: "Axes") -> None:
 
 
 def _short(name: str) -> str:
-    """Return a model's name without its loop, for which a plot has no room: "v1.2.0"."""
+    """Return a model's name without its loop, so that it fits into a plot: "v1.2.0"."""
     return shorten(name.rpartition("@")[2], _TITLE, placeholder="...")
 
 

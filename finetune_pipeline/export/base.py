@@ -60,7 +60,7 @@ def _check_is_id(name: str, folder: Path) -> None:
         raise ExportError(f"base_model: the {what} {folder} does not exist; correct it")
 
 
-def check_base_model(name: str) -> None:
+def check_base_name(name: str) -> None:
     """Check the name of a base model, as far as that is possible without downloading or dequantizing anything.
 
     Raises:

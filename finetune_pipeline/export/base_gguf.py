@@ -33,28 +33,24 @@ def base_gguf_artifact(loop: LoopSettings, log: Callable[[str], None]) -> Artifa
     settings = {"quantization": quantization, "special_tokens": FORM, **packages}
 
     def make(folder: Path) -> dict[str, Any]:
-        if project_path(loop.base_model).is_file():
-            (folder / "base.gguf").symlink_to(project_path(loop.base_model).resolve())
-            return {
-                "inputs": inputs,
-                "settings": settings,
-                "packages": packages,
-                "gguf": "base.gguf",
-                "quantization": quantization,
-                "base_hash": inputs["base_model"],
+        given = project_path(loop.base_model)
+        if given.is_file():
+            gguf = folder / "base.gguf"
+            gguf.symlink_to(given.resolve())
+        else:
+            messages = {
+                "convert": "convert the base model to GGUF",
+                "quantize": f"quantize the base model to {quantization}",
             }
-        messages = {
-            "convert": "convert the base model to GGUF",
-            "quantize": f"quantize the base model to {quantization}",
-        }
-        exported = export(base, None, folder, quantization, lambda step: log(messages[step]))
-        if exported.f16 != exported.gguf:
-            exported.f16.unlink()
+            exported = export(base, None, folder, quantization, lambda step: log(messages[step]))
+            gguf = exported.gguf
+            if exported.f16 != gguf:
+                exported.f16.unlink()
         return {
             "inputs": inputs,
             "settings": settings,
             "packages": packages,
-            "gguf": exported.gguf.name,
+            "gguf": gguf.name,
             "quantization": quantization,
             "base_hash": inputs["base_model"],
         }

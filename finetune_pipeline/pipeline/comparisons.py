@@ -56,7 +56,7 @@ class BlindPair:
     """A pair as a voter sees it: which model wrote which answer is not said.
 
     Attributes:
-        vote: what the voter said about it; None if he has not voted.
+        vote: the voter's own vote on it; None without one.
     """
 
     number: int
@@ -160,7 +160,8 @@ class _Renewal:
     def __init__(self, lease: ComparisonLease) -> None:
         self._lease = lease
         self._progress: dict[str, Any] = {}
-        self._done, self._lost = threading.Event(), threading.Event()
+        self._done = threading.Event()
+        self._lost: ComparisonLeaseLostError | None = None
         self._thread = threading.Thread(target=self._renew, name="comparison-lease", daemon=True)
 
     def __enter__(self) -> "_Renewal":
@@ -173,17 +174,15 @@ class _Renewal:
 
     def on_progress(self, model: str, answered: int, questions: int) -> None:
         self._progress = {"model": model, "answered": answered, "questions": questions}
-        if self._lost.is_set():
-            raise ComparisonLeaseLostError(
-                f"the comparison {self._lease.comparison.id} was canceled, or another process does it"
-            )
+        if self._lost is not None:
+            raise self._lost
 
     def _renew(self) -> None:
         while not self._done.wait(RENEW_SECONDS):
             try:
                 self._lease.renew(self._progress)
-            except ComparisonLeaseLostError:
-                self._lost.set()
+            except ComparisonLeaseLostError as lost:
+                self._lost = lost
                 return
             except DatabaseError:  # perhaps locked for a moment; the lease still holds for a while
                 continue

@@ -1,7 +1,7 @@
 """The dataset versions of a loop: list and find them, and export those of their examples that pass a filter."""
 
 from collections.abc import Iterator
-from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -43,23 +43,27 @@ class ExampleFilter(Record):
         """Whether it needs the columns author, domain, kind or created_at, which older datasets do not have."""
         return bool(self.author or self.domain or self.kind or self.since or self.until)
 
-    def passes(self, example: "DatasetExample") -> bool:
-        """Return whether an example passes; one without a value does not pass a filter on it."""
+    @cached_property
+    def _authors(self) -> frozenset[str]:
         from finetune_pipeline.curation.dataset_files import author_hash
 
-        authors = {author_hash(name) for name in self.author}
-        given = ((authors, example.author), (self.domain, example.domain), (self.kind, example.kind))
+        return frozenset(map(author_hash, self.author))
+
+    def passes(self, example: "DatasetExample") -> bool:
+        """Return whether an example passes; one without a value does not pass a filter on it."""
+        given = ((self._authors, example.author), (self.domain, example.domain), (self.kind, example.kind))
         if any(wanted and found not in wanted for wanted, found in (*given, (self.source, example.source))):
             return False
         if self.min_reward is not None and example.reward < self.min_reward:
             return False
-        return (self.since is None or _is_before(self.since, example.created_at, or_same=True)) and (
-            self.until is None or _is_before(example.created_at, self.until)
+        if self.since is None and self.until is None:
+            return True
+        time = example.created_at
+        return (
+            time is not None
+            and (self.since is None or time >= self.since)
+            and (self.until is None or time < self.until)
         )
-
-
-def _is_before(one: datetime | None, other: datetime | None, *, or_same: bool = False) -> bool:
-    return one is not None and other is not None and (one < other or (or_same and one == other))
 
 
 def list_datasets(loop: LoopSettings) -> list[Artifact[DatasetManifest]]:

@@ -70,7 +70,7 @@ def what_it_trains(loop: LoopSettings, database: Database, found: StoredInteract
     if example is None:
         if found.feedback:
             return Trains(None, False, "As much feedback is for the answer as against it. Review it to decide.")
-        return Trains(None, False, "Nobody has said anything about the answer. Rate or correct it.")
+        return Trains(None, False, "The answer has no feedback. Rate or correct it.")
     policy = loop_files.policy(loop)
     redacted, _ = redact_example(example, policy.settings.redaction)
     decision = accept(redacted, policy)

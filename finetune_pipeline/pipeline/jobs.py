@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.database import Database
-from finetune_pipeline.export.base import check_base_model
+from finetune_pipeline.export.base import check_base_name
 from finetune_pipeline.export.process import ExportError
 from finetune_pipeline.manifests import (
     AdapterManifest,
@@ -62,6 +62,9 @@ PARENT_TAG = "dagster/parent_run_id"
 LAUNCH_AGAIN = timedelta(seconds=60)
 """A job that waits for a run and had no event for so long is launched again. It is longer than Dagster's webserver may
 take to answer, and Dagster lists a launched run at once."""
+
+CLIENTS: tuple[Origin, ...] = ("api", "openai", "console")
+"""Origins of jobs that `create` makes: they train, export and evaluate, and never promote."""
 
 LOST = timedelta(hours=1)
 """A job that Dagster has no run of, and that had no event for so long, has failed."""
@@ -136,7 +139,7 @@ def create(
     loop_of_job(loop, settings)
     if "base_model" in settings:
         try:
-            check_base_model(settings["base_model"])
+            check_base_name(settings["base_model"])
         except ExportError as error:
             raise InvalidJobSettings(str(error), "base_model") from error
     if dataset is not None:
@@ -184,7 +187,7 @@ def _launch(db: Database, orchestrator: Orchestrator, loop: LoopSettings, job: T
     if first is not None:  # the same steps, with what was set in the launchpad
         config = first.config.get("ops", {})
         stages = [stage for stage in stages if first.assets is None or (*loop.prefix, stage) in first.assets]
-    elif job.origin in ("api", "openai", "console"):
+    elif job.origin in CLIENTS:
         stages.remove(PromotionManifest.stage)
     if job.dataset is not None:
         stages = [stage for stage in stages if stage not in (RawLogsManifest.stage, DatasetManifest.stage)]
@@ -317,7 +320,7 @@ def sync_all(db: Database, orchestrator: Orchestrator, loops: Mapping[str, LoopS
     Others are of whoever started their runs, which may be in another Dagster.
     """
     for job in list_jobs(db, statuses=IN_PROGRESS):
-        if job.origin in ("api", "openai") and job.loop in loops:
+        if job.origin in CLIENTS and job.loop in loops:
             with suppress(OrchestratorError):  # whoever reads the job is told
                 sync(db, orchestrator, loops[job.loop], job)
 

@@ -44,17 +44,11 @@ from finetune_pipeline.serving.api import (
     FeedbackIn,
     InteractionIn,
 )
-from finetune_pipeline.serving.connections import ConnectionLimits, LimitedProtocol
+from finetune_pipeline.serving.connections import DATASET_UPLOAD_PATH, ConnectionLimits, LimitedProtocol
 from finetune_pipeline.serving.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, Unavailable
 from finetune_pipeline.serving.fine_tuning_schema import FineTuningJobRequest
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.serving.http import (
-    DATASET_UPLOAD_PATH,
-    ClientDisconnected,
-    RequestGuard,
-    error_response,
-    get_gateway,
-)
+from finetune_pipeline.serving.http import ClientDisconnected, RequestGuard, error_response, get_gateway
 from finetune_pipeline.serving.responses_schema import ResponsesRequest
 from finetune_pipeline.validation_messages import field_path, messages_of
 

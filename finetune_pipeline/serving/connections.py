@@ -20,6 +20,9 @@ from finetune_pipeline.serving.errors import BadRequest, GatewayError, HeadTooLa
 MAX_HEAD = 64 * 2**10
 """Largest head of a request (its first line and headers) in bytes."""
 
+UPLOAD_PATHS = FILES_PATH, DATASET_UPLOAD_PATH = "/v1/files", "/v1/fine-tuning/datasets/upload"
+"""Paths of POSTs whose body goes to the disk piece by piece."""
+
 MAX_PIPELINED = 16
 """Requests of one connection that may wait for the answer to an earlier one; no common client sends any."""
 
@@ -101,7 +104,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Forward a part of the body."""
         self._unparsed = 0
-        if self.scope["path"].removeprefix("/v1") in {"/files", "/fine-tuning/datasets/upload"}:
+        if f"/v1{self.scope['path'].removeprefix('/v1')}" in UPLOAD_PATHS:
             self.since = self.loop.time()  # an upload may take longer, as long as something arrives
         super().on_body(body)
 

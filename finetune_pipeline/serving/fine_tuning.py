@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import PurePath
 from typing import Annotated, Any, TypeVar
 
@@ -29,7 +30,8 @@ from finetune_pipeline.settings import LoopSettings, SettingsError
 
 Reader = Annotated[Caller, Depends(require_scope("infer"))]
 Admin = Annotated[Caller, Depends(require_scope("admin"))]
-"""Files and datasets hold training data, and jobs use the machine for hours, so both need the scope admin."""
+Voter = Annotated[Caller, Depends(require_scope("feedback"))]
+"""Files and answers hold data of people, and jobs and comparisons use the machine for long, so they need admin."""
 
 BUSY_SECONDS = 30.0
 """How long a request waits while another one makes the same dataset."""
@@ -202,15 +204,17 @@ def model_name(job: TrainingJob) -> str | None:
     return f"{job.loop}@{job.model_sha256[:16]}" + (f":{job.suffix}" if job.suffix else "")
 
 
-def page_of(found: list[T], after: str | None, limit: int) -> tuple[list[T], bool]:
+def page_of(
+    found: list[T], after: str | int | None, limit: int, id_of: Callable[[T], object] = attrgetter("id")
+) -> tuple[list[T], bool]:
     """Return the objects after the one with an id, at most `limit`, and whether there are more.
 
     Raises:
         NotFound: none has this id.
     """
     if after is not None:
-        ids = [str(getattr(one, "id", "")) for one in found]
+        ids = [id_of(one) for one in found]
         if after not in ids:
-            raise NotFound(f"after: there is no {after[:100]!r} in this list.", param="after")
+            raise NotFound(f"after: there is no {str(after)[:100]!r} in this list.", param="after")
         found = found[ids.index(after) + 1 :]
     return found[:limit], len(found) > limit

@@ -27,20 +27,16 @@ from finetune_pipeline.registry.requested_comparisons import (
 )
 from finetune_pipeline.schemas import SchemaError
 from finetune_pipeline.serving import api
-from finetune_pipeline.serving.access import Caller
 from finetune_pipeline.serving.errors import BadRequest, Conflict, NotFound
-from finetune_pipeline.serving.fine_tuning_models import model_errors, named_model, page_after
+from finetune_pipeline.serving.fine_tuning import Admin, Reader, Voter, idempotency_key, page_of
+from finetune_pipeline.serving.fine_tuning_models import model_errors, named_model
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.serving.http import get_gateway, json_body, require_scope
+from finetune_pipeline.serving.http import get_gateway, json_body
 
 COMPARISONS_PATH = "/v1/fine-tuning/comparisons"
 _COMPARISON_PATH = COMPARISONS_PATH + "/{comparison_id}"
 
 router = APIRouter()
-Reader = Annotated[Caller, Depends(require_scope("infer"))]
-Voter = Annotated[Caller, Depends(require_scope("feedback"))]
-Admin = Annotated[Caller, Depends(require_scope("admin"))]
-"""A comparison uses the machine for minutes; pairs have prompts and answers, like interactions."""
 
 ComparisonId = Annotated[str, Path(pattern="^cmp-[0-9a-f]{24}$")]
 GivenModel = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$")]
@@ -167,9 +163,7 @@ async def create_comparison(
     A repeated request with the same header `Idempotency-Key` returns the comparison of the first one.
     """
     gateway = get_gateway(request)
-    key = request.headers.get("idempotency-key")
-    if key is not None and not 0 < len(key) <= 200:
-        raise BadRequest("The header Idempotency-Key has 1 to 200 characters.", param="Idempotency-Key")
+    key = idempotency_key(request)
 
     def create() -> FineTuningComparison:
         loop, tuned = named_model(gateway, body.tuned)
@@ -207,7 +201,7 @@ async def list_comparisons(
 
     def read() -> FineTuningComparisonList:
         found = list_requested_comparisons(gateway.database, loops, [status] if status else ())
-        page, has_more = page_after(found, after, limit, lambda one: one.id)
+        page, has_more = page_of(found, after, limit)
         return FineTuningComparisonList(data=[_comparison_object(gateway, one) for one in page], has_more=has_more)
 
     return await asyncio.to_thread(read)

@@ -15,10 +15,11 @@ from finetune_pipeline.pipeline import uploaded_files
 from finetune_pipeline.pipeline.dataset_export import ExampleFilter, examples_of, find_dataset, list_datasets
 from finetune_pipeline.pipeline.datasets import SOURCE, Method, preview_file
 from finetune_pipeline.records import Text
+from finetune_pipeline.serving.connections import DATASET_UPLOAD_PATH
 from finetune_pipeline.serving.errors import BadRequest
 from finetune_pipeline.serving.fine_tuning import Admin, Reader, client_errors, receive_form
 from finetune_pipeline.serving.fine_tuning_schema import StrictRequest
-from finetune_pipeline.serving.http import DATASET_UPLOAD_PATH, get_gateway, json_body
+from finetune_pipeline.serving.http import get_gateway, json_body
 from finetune_pipeline.settings import LoopSettings
 
 DATASETS_PATH = "/v1/fine-tuning/datasets"

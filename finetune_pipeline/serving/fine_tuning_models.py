@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -38,16 +38,15 @@ from finetune_pipeline.registry.model_versions import RegistryError, UnknownVers
 from finetune_pipeline.serving import api
 from finetune_pipeline.serving.access import Caller
 from finetune_pipeline.serving.errors import BadRequest, Conflict, NotFound, Unavailable
+from finetune_pipeline.serving.fine_tuning import Admin, Reader, page_of
 from finetune_pipeline.serving.gateway import Gateway
-from finetune_pipeline.serving.http import get_gateway, json_body, require_scope
+from finetune_pipeline.serving.http import get_gateway, json_body
 from finetune_pipeline.settings import LoopSettings
 
 MODELS_PATH, DEPLOYMENTS_PATH = "/v1/fine-tuning/models", "/v1/fine-tuning/deployments"
 _MODEL_PATH = MODELS_PATH + "/{model_id}"
 
 router = APIRouter()
-Reader = Annotated[Caller, Depends(require_scope("infer"))]
-Admin = Annotated[Caller, Depends(require_scope("admin"))]
 ModelName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@-]*$", max_length=200)]
 """`loop@v1.2.0`, `loop@champion`, `loop@base`, or `loop@` and the first digits of a SHA-256.
 
@@ -57,7 +56,6 @@ If one loop is served, `loop@` may be left out.
 Reason = Annotated[Text, Field(min_length=1, max_length=500)]
 
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 # --- Schemas ----------------------------------------------------------------------------------------------------------
@@ -251,7 +249,7 @@ async def list_fine_tuned_models(
             for one in trained_models(settings, gateway.database)
             if state in (None, one.state) and verdict in (None, one.verdict) and (archived or one.archived_at is None)
         ]
-        page, has_more = page_after(found, after, limit, lambda pair: pair[1].name)
+        page, has_more = page_of(found, after, limit, lambda pair: pair[1].name)
         return FineTunedModelList(data=[_model(gateway, *pair) for pair in page], has_more=has_more)
 
     return await asyncio.to_thread(read)
@@ -323,13 +321,7 @@ async def approve_fine_tuned_model(
 
     409 if the gate did not accept it, or if something that the approval is for changed since it was evaluated.
     """
-    gateway = get_gateway(request)
-
-    def approve(loop: LoopSettings, name: str) -> None:
-        challenger = find_challenger(gateway.database, name, loop.name)
-        approve_challenger(loop, challenger, actor_of(caller), body.reason, _log.info)
-
-    return await _change(request, model_id, approve)
+    return await _approve(request, caller, model_id, body.reason)
 
 
 @router.post(_MODEL_PATH + "/reject")
@@ -396,7 +388,7 @@ async def list_fine_tuning_deployments(
     def read() -> DeploymentList:
         found = [entry for settings in loops for entry in _entries(gateway, settings.name)]
         found.sort(key=lambda entry: -entry.id)
-        page, has_more = page_after(found, after, limit, lambda entry: entry.id)
+        page, has_more = page_of(found, after, limit)
         return DeploymentList(data=page, has_more=has_more)
 
     return await asyncio.to_thread(read)
@@ -420,12 +412,7 @@ async def approve_waiting_model(
     loop_name = named.rpartition("@")[0]
     if loop_name and gateway.names.get(loop_name) != settings.name:
         raise NotFound(f"model: {named[:100]!r} is no model of {settings.name}.", param="model")
-
-    def approve(loop: LoopSettings, name: str) -> None:
-        challenger = find_challenger(gateway.database, name, loop.name)
-        approve_challenger(loop, challenger, actor_of(caller), body.reason, _log.info)
-
-    return await _change(request, f"{settings.name}@{named.rpartition('@')[2]}", approve)
+    return await _approve(request, caller, f"{settings.name}@{named.rpartition('@')[2]}", body.reason)
 
 
 # --- Requests ---------------------------------------------------------------------------------------------------------
@@ -501,6 +488,14 @@ async def _change(request: Request, model_id: str, change: Deploy) -> DeployedMo
     return await asyncio.to_thread(read)
 
 
+async def _approve(request: Request, caller: Caller, model_id: str, reason: str) -> DeployedModel:
+    def approve(loop: LoopSettings, name: str) -> None:
+        challenger = find_challenger(get_gateway(request).database, name, loop.name)
+        approve_challenger(loop, challenger, actor_of(caller), reason, _log.info)
+
+    return await _change(request, model_id, approve)
+
+
 async def _decide(gateway: Gateway, model_id: str, decide: Deploy) -> FineTunedModel:
     def apply() -> FineTunedModel:
         loop, name = named_model(gateway, model_id)
@@ -509,18 +504,6 @@ async def _decide(gateway: Gateway, model_id: str, decide: Deploy) -> FineTunedM
             return _model(gateway, loop, find_trained_model(loop, gateway.database, name))
 
     return await asyncio.to_thread(apply)
-
-
-def page_after(
-    found: list[T], after: object, limit: int, key: Callable[[T], object], param: str = "after"
-) -> tuple[list[T], bool]:
-    """Return the objects after the one with this key, at most `limit`, and whether there are more."""
-    if after is not None:
-        keys = [key(one) for one in found]
-        if after not in keys:
-            raise NotFound(f"{param}: there is no {str(after)[:100]!r} in this list.", param=param)
-        found = found[keys.index(after) + 1 :]
-    return found[:limit], len(found) > limit
 
 
 # --- Responses --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from finetune_pipeline.hosts import is_loopback, without_port
 from finetune_pipeline.inference.remote import VIA_HEADER
 from finetune_pipeline.pipeline.uploaded_files import MAX_FILE_BYTES
 from finetune_pipeline.serving.access import Access, Caller
-from finetune_pipeline.serving.connections import MAX_HEAD, head_too_large
+from finetune_pipeline.serving.connections import MAX_HEAD, UPLOAD_PATHS, head_too_large
 from finetune_pipeline.serving.errors import (
     BadRequest,
     Conflict,
@@ -36,10 +36,8 @@ from finetune_pipeline.validation_messages import error_message, first_field
 MAX_BODY = 2 * 2**20
 """Largest request body in bytes; longer prompts do not fit into the context of any model here."""
 
-DATASET_UPLOAD_PATH = "/v1/fine-tuning/datasets/upload"
-
-UPLOADS = dict.fromkeys(("/v1/files", DATASET_UPLOAD_PATH), MAX_FILE_BYTES + 2**20)
-"""Path of a POST whose body goes to the disk piece by piece -> its largest body in bytes."""
+UPLOADS = dict.fromkeys(UPLOAD_PATHS, MAX_FILE_BYTES + 2**20)
+"""Path of an upload -> its largest body in bytes."""
 
 MAX_BODIES = 128 * 2**20
 """Bytes of the bodies of all requests that run or wait. They stay in memory until the answer, parsed as well."""

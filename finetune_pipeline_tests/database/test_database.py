@@ -336,7 +336,7 @@ def test_the_request_of_a_job_moves_from_its_metadata_to_a_column(url):
         f"INSERT INTO training_jobs ({columns}) VALUES ('ftjob-{{0}}', 'notes', 'openai', 'key', '{{{{}}}}', '{{1}}', "
         "'completed', '', '{{}}', '2026-01-01')"
     )
-    migrate_to(url, "0025", [row.format("a" * 24, kept), row.format("b" * 24, "{}")])
+    migrate_to(url, "0023", [row.format("a" * 24, kept), row.format("b" * 24, "{}")])
     database = connect(url)
     first, second = (find_job(database, f"ftjob-{letter * 24}") for letter in "ab")
     assert (first.request, first.metadata) == (asked, {"team": "a"})

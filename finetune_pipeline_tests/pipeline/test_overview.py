@@ -93,7 +93,7 @@ def test_personal_data_is_replaced_everywhere(logged):
         ("liked", True, "It trains the answer, and counts as new"),
         ("corrected", True, "It trains the correction"),
         ("disliked", False, "Curation leaves it out: reward below 0.3."),
-        ("unrated", False, "Nobody has said anything about the answer."),
+        ("unrated", False, "The answer has no feedback."),
     ],
 )
 def test_it_is_said_what_an_interaction_trains_and_why(logged, name, accepted, reason):

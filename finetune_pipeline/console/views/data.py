@@ -1,7 +1,5 @@
 """Data: dataset versions with a sample and an export, uploaded files with named errors, and declared sources."""
 
-import json
-from collections.abc import Iterable
 from datetime import UTC, datetime, time
 from itertools import islice
 
@@ -9,14 +7,14 @@ import streamlit as st
 
 from finetune_pipeline.artifacts import Artifact
 from finetune_pipeline.console import parts, session
-from finetune_pipeline.curation.dataset_files import SPLITS, DatasetExample
-from finetune_pipeline.curation.export_formats import WRITERS
+from finetune_pipeline.curation.dataset_files import SPLITS
+from finetune_pipeline.curation.export_formats import WRITERS, export_rows
 from finetune_pipeline.feedback.source_state import active_sources, skipped_records
 from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.pipeline.dataset_export import ExampleFilter, examples_of, list_datasets
-from finetune_pipeline.pipeline.datasets import Method, dataset_from_file, preview_file
+from finetune_pipeline.pipeline.datasets import SOURCE, FilePreview, Method, dataset_from_file, preview_file
 from finetune_pipeline.pipeline.source_preview import preview_source
-from finetune_pipeline.pipeline.uploaded_files import UploadedFile, delete_file, new_file
+from finetune_pipeline.pipeline.uploaded_files import new_file
 from finetune_pipeline.wording import counted
 
 SAMPLE = 20
@@ -50,7 +48,7 @@ def _versions() -> None:
             {
                 "dataset": one.manifest.version,
                 "built": session.moment(one.manifest.created_at),
-                "from": "upload" if "upload" in one.manifest.settings else "logs and sources",
+                "from": "upload" if SOURCE in one.manifest.settings else "logs and sources",
                 "train": one.manifest.train,
                 "validation": one.manifest.validation,
                 "replayed": one.manifest.replayed,
@@ -112,15 +110,13 @@ def _sample_and_export(dataset: Artifact[DatasetManifest]) -> None:
     # An export is an action with a row in the audit log, so it is written when the button is pressed.
     if session.user().may("admin") and st.button("Prepare the export", icon=":material/archive:"):
         text = session.perform(
-            "dataset export", dataset.manifest.version, lambda: _written(examples, format, prompt), needs="admin"
+            "dataset export",
+            dataset.manifest.version,
+            lambda: "".join(f"{row}\n" for row in export_rows(examples, format, prompt)),
+            needs="admin",
         )
         if text is not None:
             st.download_button(f"Download {name}", text, name, "application/jsonl", type="primary")
-
-
-def _written(examples: Iterable[DatasetExample], format: str, system_prompt: str) -> str:
-    write = WRITERS[format]
-    return "".join(json.dumps(write(one, system_prompt), ensure_ascii=False) + "\n" for one in examples)
 
 
 def _upload() -> None:
@@ -143,28 +139,24 @@ def _upload() -> None:
     with new_file() as file:
         while piece := given.read(_PIECE):
             file.write(piece)
-        stored = file.publish(given.name, session.actor())
-    try:
-        _checked(stored, method)
+        path = file.flushed()
+        _show_preview(preview_file(loop, path, method, PREVIEWED))
         if build:
             with st.spinner("Building the dataset"):
                 made = session.perform(
                     "dataset upload",
                     given.name,
-                    lambda: dataset_from_file(loop, session.database(), stored.path, method),
+                    lambda: dataset_from_file(loop, session.database(), path, method),
                     needs="admin",
-                    detail=f"{stored.bytes:,} bytes, SHA-256 {stored.sha256}",
+                    detail=f"{file.size:,} bytes",
                 )
             if made is not None:
                 st.success(f"Dataset {made.manifest.version}: {counted(made.manifest.train, 'example')} to train on.")
                 st.caption("Start a training with it on the page Training.")
-    finally:
-        delete_file(stored.id)
 
 
-def _checked(stored: UploadedFile, method: Method) -> None:
+def _show_preview(found: FilePreview) -> None:
     """Show what an uploaded file would give, and what is wrong with it."""
-    found = preview_file(session.loop(), stored.path, method, PREVIEWED)
     if found.unusable:
         st.error(f"{counted(found.unusable, 'line')} cannot be used; the file becomes no dataset while there are any.")
         parts.table([{"line": line, "what is wrong": session.redacted(error)} for line, error in found.errors])

@@ -8,20 +8,15 @@ from finetune_pipeline.console import parts, session
 from finetune_pipeline.console.lineage_graph import lineage_graph
 from finetune_pipeline.database import Database
 from finetune_pipeline.deployment.target_state import TargetState
-from finetune_pipeline.pipeline.approval import name_of, pending_approval, reject_challenger
+from finetune_pipeline.pipeline.approval import pending_approval, reject_challenger
 from finetune_pipeline.pipeline.challengers import Challenger, list_challengers
 from finetune_pipeline.pipeline.deploy import deployment_states, reconcile
 from finetune_pipeline.pipeline.lineage import card, lineage
-from finetune_pipeline.pipeline.promote import (
-    NotApproved,
-    NotPromoted,
-    approve_challenger,
-    force_challenger,
-    promote_accepted,
-)
-from finetune_pipeline.registry.champion import archive, champion, rollback, switch, unarchive
+from finetune_pipeline.pipeline.model_actions import deploy_model, rollback_model
+from finetune_pipeline.pipeline.promote import approve_challenger
+from finetune_pipeline.registry.champion import archive, champion, switch, unarchive
 from finetune_pipeline.registry.deployment_history import deployment_stack, list_deployments, list_history
-from finetune_pipeline.registry.model_versions import ModelVersion, RegistryError, list_models
+from finetune_pipeline.registry.model_versions import ModelVersion, list_models
 from finetune_pipeline.settings import LoopSettings
 
 Tell = Callable[[str], None]
@@ -152,14 +147,15 @@ def _decisions_about_version(
                     f"{loop.name}@base",
                     reason,
                     lambda _: switch(database, loop.name, "base", session.actor(), reason, loop.deploy.config),
-                    "The base model serves now.",
+                    "The base model is the champion now.",
                 )
-            if st.button("Roll back", icon=":material/undo:", help="Restores the champion before this one."):
+            if st.button("Roll back", icon=":material/undo:", help="Restores the champion before the one that serves."):
+                current = serving.name if serving else f"{loop.name}@base"
                 _change(
                     "model rollback",
-                    serving.name if serving else f"{loop.name}@base",
+                    current,
                     reason,
-                    lambda _: rollback(database, loop.name, session.actor(), reason, loop.deploy.config),
+                    lambda _: rollback_model(loop, current, session.actor(), reason),
                     "The previous champion serves again.",
                 )
             if version.archived_at is None and st.button("Archive", disabled=is_champion):
@@ -211,7 +207,7 @@ def _decisions_about_challenger(loop: LoopSettings, database: Database, challeng
                     "model promote",
                     challenger.name,
                     reason,
-                    lambda tell: _promote(loop, challenger, tell),
+                    lambda tell: deploy_model(loop, challenger.name, session.actor(), reason, tell),
                     f"{challenger.name} is the champion now.",
                 )
             if not accepted and st.button("Promote in spite of the gate", disabled=not force):
@@ -219,24 +215,15 @@ def _decisions_about_challenger(loop: LoopSettings, database: Database, challeng
                     "model force",
                     challenger.name,
                     reason,
-                    lambda tell: force_challenger(loop, challenger, session.actor(), reason, log=tell),
+                    lambda tell: deploy_model(loop, challenger.name, session.actor(), reason, tell, force=True),
                     f"{challenger.name} is the champion now.",
                 )
-
-
-def _promote(loop: LoopSettings, challenger: Challenger, tell: Tell) -> object:
-    result = promote_accepted(loop, challenger, session.actor(), tell)
-    if isinstance(result, NotPromoted):
-        raise RegistryError(f"{challenger.name}: {result.reason}")
-    if isinstance(result, NotApproved):
-        raise RegistryError(f"{name_of(result.approval)} needs an approval; approve it here")
-    return result
 
 
 def _change(action: str, subject: str, reason: str, work: Callable[[Tell], object], done: str) -> None:
     """Change the champion and bring the targets to it, with progress; say so on the next run of the page."""
     loop = session.loop()
-    with st.status(f"{action.rpartition('.')[2].capitalize()}: {subject}", expanded=True) as status:
+    with st.status(f"{action.capitalize()}: {subject}", expanded=True) as status:
 
         def change() -> list[TargetState]:
             work(status.write)

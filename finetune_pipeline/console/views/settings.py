@@ -46,7 +46,7 @@ def _actions() -> None:
     st.subheader("Actions in the console")
     rows = list_audit(session.database(), session.loop().name, ACTIONS)
     if not rows:
-        parts.empty("Nobody has done anything in the console yet.", "Every action is listed here, with who did it.")
+        parts.empty("No action was taken in the console yet.", "Every action is listed here, with who did it.")
         return
     outcomes = {None: "unfinished", "": "done"}
     parts.table(

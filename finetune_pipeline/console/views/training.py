@@ -6,11 +6,10 @@ import pandas as pd
 import streamlit as st
 import yaml
 
-from finetune_pipeline.artifacts import stage_folder
 from finetune_pipeline.console import parts, session
-from finetune_pipeline.manifests import DatasetManifest
 from finetune_pipeline.orchestrator import OrchestratorError
 from finetune_pipeline.pipeline import jobs
+from finetune_pipeline.pipeline.dataset_export import list_datasets
 from finetune_pipeline.registry.training_jobs import IN_PROGRESS, TrainingJob, events_of, find_job, list_jobs
 from finetune_pipeline.registry.trainings import list_trainings
 from finetune_pipeline.settings import PresetName, TrainingSettings
@@ -47,20 +46,17 @@ def show() -> None:
 
 def _start() -> None:
     loop, training = session.loop(), session.loop().training
-    folder = stage_folder(loop.name, DatasetManifest.stage)
-    newest_first = sorted(
-        (path for path in folder.glob("[!.]*") if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True
-    )
+    versions = [one.manifest.version for one in list_datasets(loop)]
     with st.form("start", border=False):
         left, right = st.columns(2)
-        dataset = left.selectbox("Dataset", [FROM_LOGS, *(path.name for path in newest_first)])
+        dataset = left.selectbox("Dataset", [FROM_LOGS, *versions])
         presets = ["", *get_args(PresetName)]
         preset = right.selectbox(
             "Preset", presets, index=presets.index(training.preset or ""), format_func=lambda name: name or "none",
             help="A memory size for which settings that are not set here or in the YAML are chosen.",
         )  # fmt: skip
         base_model = left.text_input("Base model", loop.base_model, help="A folder, or a Hugging Face id.")
-        methods = ["sft", "dpo", "kto", "auto"]
+        methods = list(get_args(TrainingSettings.model_fields["method"].annotation))
         method = right.selectbox("Method", methods, index=methods.index(training.method))
         epochs = left.number_input("Epochs", 0.01, 1000.0, float(training.num_train_epochs), step=1.0)
         rate = right.text_input("Learning rate", f"{training.learning_rate:g}")
