@@ -538,7 +538,7 @@ def test_the_setting_has_two_values(make_loop, value):
 def command(monkeypatch, loop, *arguments, code=0):  # noqa: F811
     monkeypatch.setattr(options, "load_loop", lambda name: loop)
     monkeypatch.setattr(options, "the_loop", lambda name: loop)
-    monkeypatch.setattr(options.getpass, "getuser", lambda: "ann")
+    monkeypatch.setattr("getpass.getuser", lambda: "ann")
     result = CliRunner().invoke(finetune, ["model", *arguments])
     assert result.exit_code == code, (result.output, result.exception)
     return " ".join(f"{result.output} {result.exception if code else ''}".split())
