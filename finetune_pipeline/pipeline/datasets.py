@@ -3,6 +3,7 @@
     {"messages": [{"role", "content"}, ...]}                                     supervised
     {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}   dpo
 
+A line may also have `user`, `domain`, `kind` and `created_at`, by which its example can be selected like one of the logs.
 The file goes through the loop's own curation: it is redacted, filtered, deduplicated and compared with the benchmark,
 and the dataset has the blocking checks of curated_dataset. One line is in memory at a time.
 """
@@ -38,7 +39,7 @@ from finetune_pipeline.wording import count_reason, counted, counted_reasons, ki
 
 Method = Literal["supervised", "dpo"]
 
-FORM = 1
+FORM = 2
 """Part of the version of a dataset from a file. Raise it when the same file may give other examples than before."""
 
 SOURCE = "upload"
@@ -50,7 +51,7 @@ SHOWN_LINES = 3
 _FIELDS = {"supervised": "messages", "dpo": "input"}
 _ROWS = 2_000
 _NAMESPACE = uuid.UUID("6f0c5d5e-5a63-4c0e-9a0b-6f6a2f0d8a51")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_OF_INTERACTION = ("user", "domain", "kind", "created_at")
 
 
 class UploadError(ValueError):
@@ -158,13 +159,14 @@ def _read_lines(
 ) -> Iterator[tuple[int, Example | ExcludedRowError | ValueError]]:
     """Yield the number of each line with its example, or why it is left out or cannot be used."""
     problem, sha256 = loop_files.policy(loop).problem, hash_file(path)
+    written = datetime.fromtimestamp(path.stat().st_mtime, UTC)  # when it was uploaded
     for number, row, reason, _ in read_rows(path, loop.ingest.max_line_bytes):
         try:
             if reason:
                 raise ValueError(reason)
-            example = _example(
-                loop, row, method, f"line {number}", uuid.uuid5(_NAMESPACE, f"{sha256} {number}"), number
-            )
+            id = uuid.uuid5(_NAMESPACE, f"{sha256} {number}")
+            moment = written + timedelta(microseconds=number)  # a later line is newer
+            example = _example(loop, row, method, f"line {number}", id, moment)
             wrong = problem(example.target)
             if wrong is not None:
                 name = "messages" if method == "supervised" else "preferred_output"
@@ -245,8 +247,10 @@ def _previewed(number: int, example: Example, policy: Policy) -> PreviewedLine:
     )  # fmt: skip
 
 
-def _example(loop: LoopSettings, row: Any, method: Method, provenance: str, id: uuid.UUID, number: int) -> Example:
-    """Return the example of a line.
+def _example(
+    loop: LoopSettings, row: Any, method: Method, provenance: str, id: uuid.UUID, uploaded_at: datetime
+) -> Example:
+    """Return the example of a line; one without a time has that of the upload.
 
     Raises:
         ExcludedRowError: it may not be trained on.
@@ -262,8 +266,9 @@ def _example(loop: LoopSettings, row: Any, method: Method, provenance: str, id: 
         asked = row["input"].get("messages") if isinstance(row["input"], Mapping) else None
         if not isinstance(asked, list):
             raise ValueError("input.messages: is missing, expected a list of messages")
+        said = {"tools": row["input"].get("tools"), **{name: row[name] for name in _OF_INTERACTION if name in row}}
         row, other = (
-            {"messages": [*asked, *_output(row, name)], "tools": row["input"].get("tools")}
+            {**said, "messages": [*asked, *_output(row, name)]}
             for name in ("preferred_output", "non_preferred_output")
         )
         rejected = to_record(other, provenance, "messages").answer
@@ -275,7 +280,7 @@ def _example(loop: LoopSettings, row: Any, method: Method, provenance: str, id: 
     return Example(
         interaction_id=id,
         ingest_offset=0,
-        created_at=_EPOCH + timedelta(seconds=number),  # a later line is newer
+        created_at=record.created_at or uploaded_at,
         prompt=record.prompt,
         history=record.history,
         output=record.answer if rejected is None else rejected,
@@ -285,6 +290,9 @@ def _example(loop: LoopSettings, row: Any, method: Method, provenance: str, id: 
         corrected=rejected is not None,
         source=SOURCE,
         provenance=provenance,
+        user=record.user,
+        domain=record.domain,
+        kind=record.kind,
         # The loop's reviewers see what its application logs; this file was written to be trained on.
         review="approve" if loop.review.required else None,
     )

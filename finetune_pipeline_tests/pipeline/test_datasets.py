@@ -1,6 +1,8 @@
 """Uploaded files become dataset versions of a loop, by the loop's own curation and checks."""
 
 import json
+import os
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -8,11 +10,13 @@ from finetune_pipeline.artifacts import find_alteration, get_latest
 from finetune_pipeline.curation.dataset_files import PREFERENCE, read_split
 from finetune_pipeline.database import connect
 from finetune_pipeline.manifests import DatasetManifest
+from finetune_pipeline.pipeline.dataset_export import ExampleFilter, examples_of, list_datasets
 from finetune_pipeline.pipeline.datasets import UploadError, dataset_from_file
 from finetune_pipeline.pipeline.required_checks import check_passed
 from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.orchestration.conftest import BENCHMARK
 
+UPLOADED = datetime(2026, 3, 4, tzinfo=UTC)
 NAMES = ["ash", "birch", "cedar", "dune", "elm", "fir", "gorse", "hazel"]
 
 
@@ -60,6 +64,32 @@ def test_chat_lines_become_a_checked_dataset_without_secrets_and_benchmark_quest
     # The asset lora_adapter has an input, also in a loop that never curated a dataset.
     assert get_latest(DatasetManifest, loop.name).manifest.version == manifest.version
     assert dataset_from_file(loop, connect(), write(*rows, leaked, tools), "supervised").sha256 == dataset.sha256
+
+
+@pytest.mark.parametrize("method", ["supervised", "dpo"])
+def test_a_line_has_its_own_time_and_author_or_the_time_of_the_upload(make_loop, write, method):
+    loop = make_loop(curation={"min_examples": 1, "validation_fraction": 0.0})
+    line = chat if method == "supervised" else pair
+    own = {"created_at": "2026-01-02T12:00:00Z", "user": "Ann", "domain": "walls", "kind": "create"}
+    path = write(line("ash") | own, *map(line, NAMES[1:]))
+    os.utime(path, (UPLOADED.timestamp(), UPLOADED.timestamp()))
+    made = dataset_from_file(loop, connect(), path, method)
+
+    def lines(**filters):
+        return [example.provenance for example in examples_of(made, "train", ExampleFilter(**filters))]
+
+    assert sorted(lines(since=UPLOADED)) == [f"line {number}" for number in range(2, 9)]
+    assert lines(until=UPLOADED) == ["line 1"] == lines(author=["Ann"], domain=["walls"], kind=["create"])
+    os.utime(path)  # the same file, uploaded again now
+    assert dataset_from_file(loop, connect(), path, method).sha256 == made.sha256
+    assert len(list_datasets(loop)) == 1 and sorted(lines(until=UPLOADED + timedelta(seconds=1))) == sorted(lines())
+
+
+def test_of_equal_prompts_without_a_time_the_later_line_is_kept(loop, write):
+    rows = [chat("ash", "ash whispered"), *map(chat, NAMES)]
+    made = dataset_from_file(loop, connect(), write(*rows), "supervised")
+    said = [row["completion"] for split in ("train", "validation") for row in dataset_rows(made.path, split)]
+    assert sorted(said) == [f"{name} spoke" for name in NAMES]
 
 
 def test_preference_lines_become_pairs(loop, write):
