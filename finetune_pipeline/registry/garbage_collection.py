@@ -24,6 +24,7 @@ from finetune_pipeline.artifacts import (
     ArtifactBusyError,
     ArtifactError,
     get_latest,
+    model_sha256,
     read,
     stage_folder,
     try_lock,
@@ -34,7 +35,8 @@ from finetune_pipeline.manifests import BaseGgufManifest, GgufManifest, MergedMa
 from finetune_pipeline.registry.approvals import open_approvals_in
 from finetune_pipeline.registry.champion import lock_champion
 from finetune_pipeline.registry.deployment_history import Deployment, deployment_stack, deployments_in
-from finetune_pipeline.registry.model_versions import ModelVersion, models_in
+from finetune_pipeline.registry.model_versions import ModelVersion, model_id_of, models_in
+from finetune_pipeline.registry.requested_comparisons import compared_in
 from finetune_pipeline.settings import LoopSettings, home
 
 _RENAMED = ".deleted-"
@@ -49,7 +51,7 @@ class ModelFolder:
         is_base: it holds a base model (stage base_gguf), not a trained one.
         size: bytes of all its files.
         gate: the verdict of the newest report on it.
-        sha256: hash of the GGUF in a base model's folder.
+        sha256: of the GGUF in a base model's folder, or of the trained model (with an adapter, the combined one).
         base_sha256: hash of the base's GGUF that an adapter is applied to.
         merged_adapter: version of the adapter whose merged weights it holds (stage merged_model).
         protected: why it is kept whatever the registry says; empty if nothing protects it.
@@ -85,12 +87,14 @@ class RegistryState:
         models: all model versions.
         deployments: all changes of the champion, oldest first.
         waiting: versions of gguf_model whose challenger waits for approval.
+        compared: ids of models that an unfinished comparison needs.
     """
 
     champion_id: str | None
     models: Sequence[ModelVersion]
     deployments: Sequence[Deployment]
     waiting: Collection[str] = ()
+    compared: Collection[str] = ()
 
 
 def decide_retention(folders: Sequence[ModelFolder], state: RegistryState, keep: int) -> tuple[RetentionDecision, ...]:
@@ -101,7 +105,8 @@ def decide_retention(folders: Sequence[ModelFolder], state: RegistryState, keep:
         state: of the loop in the registry.
         keep: models of this many newest deployments are kept.
     """
-    needed: dict[str | None, str] = {}  # model id -> reason; later reasons overwrite weaker ones
+    # model id -> reason; later reasons overwrite weaker ones
+    needed: dict[str | None, str] = dict.fromkeys(state.compared, "used by a comparison that has not ended")
     for deployment in state.deployments[-keep:]:
         for model_id in (deployment.model_id, deployment.previous_id):
             needed[model_id] = f"used by one of the last {keep} deployments"
@@ -123,6 +128,8 @@ def decide_retention(folders: Sequence[ModelFolder], state: RegistryState, keep:
             return RetentionDecision(folder, True, folder.protected)
         if folder.path.name in state.waiting and not folder.is_base:
             return RetentionDecision(folder, True, "a challenger that waits for approval")
+        if not folder.is_base and model_id_of(folder.sha256) in state.compared:
+            return RetentionDecision(folder, True, "used by a comparison that has not ended")
         if folder.is_base:
             if folder.sha256 in adapters:
                 return RetentionDecision(
@@ -206,6 +213,7 @@ def _decisions_in(
         models_in(connection, loop.name),
         deployments_in(connection, loop.name),
         {one.gguf_version for one in open_approvals_in(connection, loop.name)},
+        compared_in(connection, loop.name),
     )
     return decide_retention(tuple(_model_folders(loop, base_hash)), state, keep)
 
@@ -241,15 +249,18 @@ def _model_folders(loop: LoopSettings, base_hash: str) -> Iterator[ModelFolder]:
     except ArtifactError:  # deleted or damaged: no asset can take it
         newest = None
     for path in _version_folders(loop.name, GgufManifest.stage):
-        protected, base_sha256 = _in_progress(path), None
+        protected, sha256, base_sha256 = _in_progress(path), "", None
         if newest and path.name == newest.manifest.version:
             protected = "the newest export: promoted_model and eval_report would take it"
         try:
-            base_sha256 = read(GgufManifest, path).manifest.base_gguf_sha256
+            manifest = read(GgufManifest, path).manifest
+            sha256, base_sha256 = manifest.files[manifest.gguf].sha256, manifest.base_gguf_sha256
+            if base_sha256 is not None:
+                sha256 = model_sha256(base_sha256, sha256)
         except ArtifactError as error:
             protected = f"not touched: {error}"
         gate = gate_results.get(path.name, "not evaluated")
-        yield ModelFolder(path, False, _size(path), gate, base_sha256=base_sha256, protected=protected)
+        yield ModelFolder(path, False, _size(path), gate, sha256, base_sha256, protected=protected)
     yield from _base_folders(loop, base_hash)
     for path in _version_folders(loop.name, MergedManifest.stage):
         try:

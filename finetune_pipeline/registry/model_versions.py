@@ -24,6 +24,11 @@ class UnknownVersionError(RegistryError):
     """No model has this version; the message lists the known ones."""
 
 
+def model_id_of(sha256: str) -> str:
+    """Return the registry's id of a model with this hash."""
+    return sha256[:_ID_LENGTH]
+
+
 class CandidateModel(Record):
     """A GGUF, or a base's GGUF with an adapter's, that may become a model version."""
 
@@ -46,7 +51,7 @@ class CandidateModel(Record):
     @property
     def id(self) -> str:
         """The registry's id of this model: the first 16 hex digits of `sha256`."""
-        return self.sha256[:_ID_LENGTH]
+        return model_id_of(self.sha256)
 
     @property
     def name(self) -> str:

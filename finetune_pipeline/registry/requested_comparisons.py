@@ -185,6 +185,13 @@ def next_pending(db: Database, loops: Collection[str]) -> RequestedComparison | 
     return _comparison(row) if row else None
 
 
+def compared_in(connection: sa.Connection, loop: str) -> set[str]:
+    """Return the ids of the models that unfinished comparisons of a loop need, within a transaction."""
+    c = requested_comparisons.c
+    rows = connection.execute(sa.select(c.base_id, c.tuned_id).where(c.loop == loop, c.status.in_(UNFINISHED)))
+    return {id for row in rows for id in row if id is not None}
+
+
 class ComparisonLease:
     """The right of this process to work on a comparison, and its only way to change the row.
 

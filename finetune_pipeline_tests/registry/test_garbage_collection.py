@@ -28,6 +28,13 @@ from finetune_pipeline.registry.garbage_collection import (
     plan_deletion,
 )
 from finetune_pipeline.registry.model_versions import CandidateModel, ModelVersion, RegistryError, list_models
+from finetune_pipeline.registry.requested_comparisons import (
+    RequestedComparison,
+    cancel_comparison,
+    claim_comparison,
+    create_comparison,
+    new_comparison_id,
+)
 from finetune_pipeline.settings import LoopSettings
 from finetune_pipeline_tests.registry.conftest import promote_over
 
@@ -175,6 +182,30 @@ def test_the_newest_export_is_kept_even_if_rejected(db: Database) -> None:
         report(f"r{number}", name, False)
         set_latest(GgufManifest.model_validate_json((path / "manifest.json").read_bytes()), "run-1")
     assert collect(db) == ["a"]
+
+
+@pytest.mark.parametrize("state", ["pending", "running"])
+def test_the_models_of_a_comparison_are_kept_until_it_has_ended(db: Database, state: str) -> None:
+    old = serve(db, candidate(gguf("old")))
+    for name in "bcd":
+        serve(db, candidate(gguf(name)))
+    over = base_gguf("of-an-adapter", "base-0")
+    rejected = candidate(gguf("rejected", over), over)
+    report("r", "rejected", False)
+    fields = {"id": new_comparison_id(), "base": old.name, "base_id": old.id, "tuned": rejected.name}
+    asked = RequestedComparison(
+        loop="aec", tuned_id=rejected.id, created_by="ann", created_at=datetime.now(UTC), **fields
+    )
+    create_comparison(db, asked)
+    if state == "running":
+        assert claim_comparison(db, asked.id)
+    reasons = {one.folder.path.name: (one.keep, one.reason) for one in plan_deletion(db, LOOP, BASE, 1)}
+    assert reasons["old"] == (True, "v1.0.0, used by a comparison that has not ended")
+    assert reasons["rejected"] == (True, "used by a comparison that has not ended")
+    assert collect(db) == ["b"]
+    assert folders("base_gguf") == {"of-an-adapter"}, "the base of the adapter is needed too"
+    cancel_comparison(db, asked.id)
+    assert collect(db) == ["of-an-adapter", "old", "rejected"]
 
 
 def test_an_artifact_in_progress_is_kept(db: Database) -> None:
