@@ -423,11 +423,17 @@ def _print_erased(loop: "ErasedLoop") -> None:
         click.echo(f"{name}: these files still contain the person's name:")
         _print_list(loop.files)
         click.echo("  Deleted events are not ingested again, but new ones would be: delete them there, too.")
+    if any(vars(loop.comparisons).values()):
+        click.echo(
+            f"{name}: {counted(loop.comparisons.prompts, 'prompt')} and {counted(loop.comparisons.pairs, 'pair')} of "
+            f"comparisons overwritten, {counted(loop.comparisons.votes, 'vote')} deleted"
+        )
     if loop.texts:
         click.echo(f"{name}: these files contain texts of the person, or the same texts of others:")
         _print_list([f"{path} ({counted(count, 'text')})" for path, count in loop.texts.items()])
         click.echo(
-            "  Remove the questions from the benchmark and the replay file, and delete the folders of the reports."
+            "  Remove the questions from the benchmark and the replay file, delete the folders of the reports, and "
+            "delete uploaded files, or upload them without these lines."
         )
 
 

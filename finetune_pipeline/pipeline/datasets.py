@@ -3,7 +3,7 @@
     {"messages": [{"role", "content"}, ...]}                                     supervised
     {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}   dpo
 
-A line may also have `user`, `domain`, `kind` and `created_at`, by which its example can be selected like one of the logs.
+A line may also have `user`, `domain`, `kind` and `created_at`, by which an export selects its example like one of logs.
 The file goes through the loop's own curation: it is redacted, filtered, deduplicated and compared with the benchmark,
 and the dataset has the blocking checks of curated_dataset. One line is in memory at a time.
 """
@@ -268,8 +268,7 @@ def _example(
             raise ValueError("input.messages: is missing, expected a list of messages")
         said = {"tools": row["input"].get("tools"), **{name: row[name] for name in _OF_INTERACTION if name in row}}
         row, other = (
-            {**said, "messages": [*asked, *_output(row, name)]}
-            for name in ("preferred_output", "non_preferred_output")
+            {**said, "messages": [*asked, *_output(row, name)]} for name in ("preferred_output", "non_preferred_output")
         )
         rejected = to_record(other, provenance, "messages").answer
     record = without_own_system_prompt(to_record(row, provenance, "messages"), loop)

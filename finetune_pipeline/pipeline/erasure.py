@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from finetune_pipeline.feedback.rewards import RewardFunction, reward_function
 from finetune_pipeline.feedback.write_ahead_log import dead_letter_files, log_files, recover_orphans
 from finetune_pipeline.manifests import ReportManifest
 from finetune_pipeline.pipeline.lineage import MadeWith, made_with
+from finetune_pipeline.pipeline.uploaded_files import list_files
+from finetune_pipeline.registry.requested_comparisons import ErasedFromComparisons, erase_in
 from finetune_pipeline.settings import INGESTED, FeedbackSettings, LoopSettings, load_loop, load_loops, project_path
 from finetune_pipeline.sources.row_readers import files_of, layout_of, read_rows
 
@@ -52,8 +54,9 @@ class ErasedLoop:
         artifacts: artifacts and models that were made with the erased data.
         sources: declared sources that the erased data came from.
         files: event files and dead letters that contain the person's name.
-        texts: benchmark, replay file and files of evaluation reports and answers -> how many of the person's texts they
-            contain.
+        texts: benchmark, replay file, uploaded files and files of evaluation reports and answers -> how many of the
+            person's texts they contain.
+        comparisons: what was erased in comparisons that programs asked for.
     """
 
     name: str
@@ -62,6 +65,7 @@ class ErasedLoop:
     sources: tuple[str, ...]
     files: tuple[Path, ...]
     texts: Mapping[Path, int]
+    comparisons: ErasedFromComparisons
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,13 @@ def erase_person(database: Database, user: str, held: Sequence[HeldData]) -> Era
     # Looked up before the deletion: events that reach the store until then are deleted with the rest.
     pending = _files_naming(user, log_files())
     texts = {one.name: _files_with(texts_of(database, [one]), one) for one in held}
-    erased = {}
+    everywhere = _long(texts_of(database, held))  # what was logged in one loop may be asked in another one
+    erased, compared = {}, {}
     for one in held:
         reward = reward_function(one.loop.feedback if one.loop else FeedbackSettings())
         with database.write() as connection:
             erased[one.name] = erase_user(connection, one.name, user, reward)
+            compared[one.name] = erase_in(connection, one.name, everywhere, user)
     overwritten = overwrite_deleted(database)
     loops = tuple(
         ErasedLoop(
@@ -142,6 +148,7 @@ def erase_person(database: Database, user: str, held: Sequence[HeldData]) -> Era
             tuple(source for source in one.data.sources if source != INGESTED),
             tuple(_event_files_naming(user, one.loop)) if one.loop else (),
             texts[one.name],
+            compared[one.name],
         )
         for one in held
     )
@@ -157,18 +164,31 @@ def _files_with(texts: set[str], held: HeldData) -> dict[Path, int]:
         evaluation = held.loop.evaluation
         named = (evaluation.benchmark, evaluation.sealed_benchmark, held.loop.curation.replay)
         paths += [project_path(path) for path in named if path]
+    paths += [file.path for file in list_files()]
     forms = [
         {text, html.escape(text), *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (True, False))}
-        for text in (text.strip() for text in texts)
-        if len(text) >= MIN_TEXT
+        for text in sorted(_long(texts))
     ]
     found = {}
     for path in paths:
         with suppress(OSError):  # a benchmark that is missing, or a report that is deleted now
-            content = path.read_text(encoding="utf-8", errors="replace")
-            if count := sum(any(form in content for form in of_text) for of_text in forms):
+            if count := _texts_in(path, forms):
                 found[path] = count
     return found
+
+
+def _long(texts: Iterable[str]) -> set[str]:
+    """Return the texts that are searched outside the store."""
+    return {text for text in (text.strip() for text in texts) if len(text) >= MIN_TEXT}
+
+
+def _texts_in(path: Path, forms: Sequence[Collection[str]]) -> int:
+    """Return how many texts a file contains, each in one of its forms; a large file has lines of JSON."""
+    missing = forms
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for part in file if path.suffix == ".jsonl" else [file.read()]:
+            missing = [of_text for of_text in missing if not any(form in part for form in of_text)]
+    return len(forms) - len(missing)
 
 
 def _event_files_naming(user: str, loop: LoopSettings) -> list[Path]:

@@ -26,6 +26,9 @@ LEASE_SECONDS = 30.0
 MAX_TRIES = 3
 """Processes that may end without a result before a comparison has failed."""
 
+ERASED = "[erased]"
+"""Takes the place of a text that was erased."""
+
 ComparisonStatus = Literal["pending", "running", "completed", "failed", "canceled"]
 Choice = Literal["base", "tuned", "tie"]
 UNFINISHED: tuple[ComparisonStatus, ...] = ("pending", "running")
@@ -105,6 +108,21 @@ class VoteCounts:
     tuned_wins: int = 0
     ties: int = 0
     voters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ErasedFromComparisons:
+    """What was erased of a person.
+
+    Attributes:
+        prompts: given prompts that were overwritten.
+        pairs: pairs whose prompt and answers were overwritten.
+        votes: votes that were deleted.
+    """
+
+    prompts: int = 0
+    pairs: int = 0
+    votes: int = 0
 
 
 @dataclass(frozen=True)
@@ -337,6 +355,39 @@ def count_votes(votes: Iterable[ComparisonVote]) -> VoteCounts:
     choices = [vote.choice for vote in votes]
     voters = tuple(sorted({vote.voter for vote in votes}))
     return VoteCounts(choices.count("base"), choices.count("tuned"), choices.count("tie"), voters)
+
+
+def erase_in(connection: sa.Connection, loop: str, texts: Collection[str], voter: str) -> ErasedFromComparisons:
+    """Overwrite the prompts and answers of a loop's comparisons that contain one of some texts; delete a voter's votes.
+
+    The pairs stay, with the votes of others on them. A comparison that would still ask such a prompt is canceled.
+    """
+    c, p, v = requested_comparisons.c, comparison_pairs.c, comparison_votes.c
+    here = sa.select(c.id).where(c.loop == loop)
+    votes = connection.execute(sa.delete(comparison_votes).where(v.voter == voter, v.comparison_id.in_(here))).rowcount
+
+    def named(*said: str) -> bool:
+        return any(text in one for one in said for text in texts)
+
+    erased_pairs = erased_prompts = 0
+    query = sa.select(comparison_pairs).where(p.comparison_id.in_(here))
+    for pair in connection.execute(query).all() if texts else ():
+        if named(pair.prompt, pair.base_answer, pair.tuned_answer):  # an answer may repeat what its prompt says
+            erased_pairs += 1
+            own = (p.comparison_id == pair.comparison_id, p.number == pair.number)
+            values = dict.fromkeys(("prompt", "base_answer", "tuned_answer"), ERASED)
+            connection.execute(sa.update(comparison_pairs).where(*own).values(values))
+    for id, prompts in connection.execute(sa.select(c.id, c.prompts).where(c.loop == loop)).all() if texts else ():
+        kept = [ERASED if named(prompt) else prompt for prompt in prompts or ()]
+        if ERASED not in kept:
+            continue
+        erased_prompts += sum(map(named, prompts))
+        connection.execute(sa.update(requested_comparisons).where(c.id == id).values(prompts=kept))
+        ended = {"status": "canceled", "finished_at": datetime.now(UTC), **_ENDED}
+        ended["error"] = "a prompt was erased with a person's data"
+        unfinished = (c.id == id, c.status.in_(UNFINISHED))
+        connection.execute(sa.update(requested_comparisons).where(*unfinished).values(ended))
+    return ErasedFromComparisons(erased_prompts, erased_pairs, votes)
 
 
 def votes_by_model(db: Database, loop: str) -> dict[str | None, ModelVotes]:

@@ -41,6 +41,7 @@ from finetune_pipeline.serving.errors import BadRequest, Conflict, NotFound, Una
 from finetune_pipeline.serving.fine_tuning import Admin, Reader, page_of
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline.serving.http import get_gateway, json_body
+from finetune_pipeline.serving.routing import without_suffix
 from finetune_pipeline.settings import LoopSettings
 
 MODELS_PATH, DEPLOYMENTS_PATH = "/v1/fine-tuning/models", "/v1/fine-tuning/deployments"
@@ -48,7 +49,7 @@ _MODEL_PATH = MODELS_PATH + "/{model_id}"
 
 router = APIRouter()
 ModelName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@-]*$", max_length=200)]
-"""`loop@v1.2.0`, `loop@champion`, `loop@base`, or `loop@` and the first digits of a SHA-256.
+"""`loop@v1.2.0`, `loop@champion`, `loop@base`, or `loop@` and the first digits of a SHA-256, as a job names its model.
 
 If one loop is served, `loop@` may be left out.
 """
@@ -437,7 +438,7 @@ def named_model(gateway: Gateway, model_id: str) -> tuple[LoopSettings, str]:
             param="model_id",
         )
     settings = gateway.loop_named(loop or None)
-    return settings, f"{settings.name}@{label}"
+    return settings, f"{settings.name}@{without_suffix(label)}"
 
 
 @contextmanager

@@ -38,6 +38,12 @@ def loops_by_name(loops: Iterable[LoopSettings]) -> dict[str, str]:
     return names
 
 
+def without_suffix(version: str) -> str:
+    """Return the hash of a model's name that a client gave a suffix, and any other version as it is."""
+    named = _WITH_SUFFIX.fullmatch(version)
+    return named[1] if named else version
+
+
 def route(model: str, names: Mapping[str, str]) -> Route:
     """Return the route for "aec_parser", "aec_parser@v1.2.0", "aec_parser@base", "aec_parser@1f0c9a2b" or an alias.
 
@@ -47,8 +53,7 @@ def route(model: str, names: Mapping[str, str]) -> Route:
         UnknownModel: there is no such loop; the message lists the names.
     """
     name, _, version = model.partition("@")
-    if named := _WITH_SUFFIX.fullmatch(version):
-        version = named[1]
+    version = without_suffix(version)
     if name not in names or "@" in version or model.endswith("@"):
         raise UnknownModel(
             f"There is no model {model[:100]!r}. There are: {', '.join(sorted(names))}, and versions of them, such as "

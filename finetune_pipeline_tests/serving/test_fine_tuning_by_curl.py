@@ -5,10 +5,13 @@ import subprocess
 
 import pytest
 
+from finetune_pipeline.artifacts import set_latest
 from finetune_pipeline.database import connect
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.orchestrator import Orchestrator
+from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.jobs import JOB_TAG
+from finetune_pipeline.pipeline.snapshot import collect_logs
 from finetune_pipeline.registry.training_jobs import list_jobs, runs_of
 from finetune_pipeline_tests.pipeline.test_jobs import loop, own_home, server  # noqa: F401
 from finetune_pipeline_tests.serving.conftest import free_port, process
@@ -16,7 +19,7 @@ from finetune_pipeline_tests.serving.slow_dagster import SlowDagster
 from finetune_pipeline_tests.waiting import wait_until
 
 # Dagster's webserver and daemon, a gateway, and several trainings: run by `make test-servers`.
-pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(3600)]
 
 PATH = "/v1/fine-tuning"
 
@@ -47,24 +50,40 @@ def ends_as(status, url):
     return json.loads(curl(url))
 
 
-def test_a_job_is_created_and_polled_and_its_dataset_exported_by_curl(gateway):
+def test_a_dataset_is_exported_a_job_created_and_polled_its_model_deployed_and_rolled_back_by_curl(gateway, loop):  # noqa: F811
     url = gateway.url + PATH
-    body = {"training": {"num_train_epochs": 2}, "suffix": "short"}
+    built = build_dataset(loop, collect_logs(loop, connect(), print).artifact).manifest
+    set_latest(built, "run")
+    exported = curl(f"{url}/datasets/export", {"format": "messages", "filters": {"min_reward": 0.1}})
+    assert len(exported.splitlines()) == built.train and "person1 spoke" in exported
+
+    body = {"suffix": "monday", "metadata": {"team": "tests"}}
     job = json.loads(curl(f"{url}/jobs", body, "-H", "Idempotency-Key: monday"))
     assert json.loads(curl(f"{url}/jobs", body, "-H", "Idempotency-Key: monday"))["id"] == job["id"]
     done = ends_as("completed", f"{url}/jobs/{job['id']}")
-    assert done["progress"]["percent"] == 100 and done["model"].endswith(":short") and done["report"]
-    assert done["orchestrator_error"] is None and len(done["runs"]) == 1
+    assert (done["progress"]["percent"], done["dataset"], len(done["runs"])) == (100, built.version, 1)
+    assert done["orchestrator_error"] is None and done["report"] and done["model"].endswith(":monday")
     events = curl(f"{url}/jobs/{job['id']}/events", None, "-N")
     assert events.startswith("id: 1\nevent: message\n") and "event: metrics" in events
     assert events.endswith('event: end\ndata: {"status": "completed"}\n\n')
 
-    listed = json.loads(curl(f"{url}/datasets"))["data"]
-    assert [one["version"] for one in listed if one["newest"]] == [done["dataset"]]
-    exported = curl(f"{url}/datasets/export", {"format": "messages", "filters": {"min_reward": 0.1}})
-    assert len(exported.splitlines()) == next(one["train"] for one in listed if one["newest"])
-    answer = gateway.ask("please note what person1 said", model=done["model"])
-    assert answer.status_code == 200, answer.text
+    def answering():
+        """Return the model that answers by the loop's name."""
+        question = {"model": loop.name, "messages": [{"role": "user", "content": "please note what person1 said"}]}
+        return json.loads(curl(f"{gateway.url}/v1/chat/completions", question))["model"]
+
+    assert answering() == "notes@base", "a job promotes nothing"
+    [model] = json.loads(curl(f"{url}/models?state=challenger"))["data"]
+    assert model["verdict"] == "accepted by the gate", events
+    deployed = json.loads(curl(f"{url}/models/{done['model']}/deploy", {"notes": "by curl"}))
+    assert (deployed["model"]["id"], deployed["last_error"], answering()) == ("notes@v1.0.0", None, "notes@v1.0.0")
+    back = json.loads(curl(f"{url}/models/notes@v1.0.0/rollback", {"reason": "worse"}))
+    assert (back["model"]["id"], back["last_error"], answering()) == ("notes@base", None, "notes@base")
+    history = json.loads(curl(f"{url}/deployments"))["data"]
+    assert [(one["action"], one["model"]) for one in history] == [
+        ("rollback", "notes@base"),
+        ("promote", "notes@v1.0.0"),
+    ]
 
 
 def test_a_run_that_is_terminated_in_dagsters_ui_cancels_the_job_and_its_training_is_gone(gateway, server):  # noqa: F811
