@@ -341,7 +341,7 @@ def test_a_json_document_stays_valid(value, escaped):
 def test_adversarial_text_takes_linear_time(piece):
     began = time.process_time()  # other processes do not change it
     redact("a@b." + piece * (200_000 // len(piece)) + "password=")
-    # Linear time is a fraction of a second, ten times as long on a machine whose cores are shared; quadratic is minutes.
+    # Linear time is a fraction of a second, ten times that on a machine whose cores are shared; quadratic is minutes.
     assert time.process_time() - began < 60
 
 
