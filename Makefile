@@ -41,7 +41,7 @@ test-servers: $(READY)  # FINETUNE_SKIP_VLLM=1 leaves out vLLM, whose environmen
 
 test-ui: $(READY)  # needs Chromium; Debian: apt-get install chromium
 	@$(BIN)/pip install -q -c constraints.txt -e '.[console,test-ui]'
-	@$(BIN)/pytest -m ui
+	@$(BIN)/pytest -n auto --dist loadfile -m ui --durations=10
 
 ui: $(READY)
 	@$(BIN)/finetune ui

@@ -4,7 +4,18 @@ import streamlit as st
 
 from finetune_pipeline.console import parts, session
 from finetune_pipeline.console.guard import LOGOUT
-from finetune_pipeline.console.views import data, interactions, models, overview, review, settings, training, try_models
+from finetune_pipeline.console.known_loops import known_loops
+from finetune_pipeline.console.views import (
+    compare,
+    data,
+    interactions,
+    models,
+    overview,
+    review,
+    settings,
+    training,
+    try_models,
+)
 
 PAGES = (
     st.Page(overview.show, title="Overview", icon=":material/monitoring:", url_path="overview", default=True),
@@ -13,6 +24,7 @@ PAGES = (
     st.Page(interactions.show, title="Interactions", icon=":material/forum:", url_path="interactions"),
     st.Page(data.show, title="Data", icon=":material/database:", url_path="data"),
     st.Page(training.show, title="Training", icon=":material/model_training:", url_path="training"),
+    st.Page(compare.show, title="Compare", icon=":material/compare:", url_path="compare"),
     st.Page(models.show, title="Models", icon=":material/deployed_code:", url_path="models"),
     st.Page(settings.show, title="Settings", icon=":material/settings:", url_path="settings"),
 )
@@ -23,7 +35,7 @@ def main() -> None:
     st.set_page_config(page_title="finetune console", page_icon="🔁", layout="wide")
     st.html(parts.STYLE)
     page = st.navigation(list(PAGES))
-    user, loops = session.user(), session.loops()
+    user, loops = session.user(), known_loops()
     if not loops:
         st.error("No loop is declared. `finetune init` writes one; docs/how-to/declare-a-loop.md shows how.")
         st.stop()

@@ -8,17 +8,27 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
+from finetune_pipeline.evaluation.metric_table import MetricRow, format_metric
+
 STYLE = """<style>
 [data-testid="stMainBlockContainer"] { padding-top: 3rem; padding-bottom: 3rem; max-width: 76rem }
 [data-testid="stHeader"] { background: transparent }
 .st-key-cards > [data-testid="stVerticalBlock"], .st-key-cards {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .6rem }
 .st-key-cards > div { min-width: 0 }
+[data-testid="stCaptionContainer"] { color: inherit; opacity: .82 }
 </style>"""
-"""What the theme cannot say: less empty space, and cards that fill the width of a phone or a desk."""
+"""What the theme cannot say: less empty space, cards that fill the width of a phone or a desk, and captions with the
+contrast that WCAG asks for."""
 
 ACCENT = "#3f82b3"
 """The color of charts, readable on both backgrounds."""
+
+OTHER = "#9aa5b1"
+"""The color of the other one of two models in a chart."""
+
+MUTED = "#7b8794"
+"""The color of text in charts, readable on both backgrounds."""
 
 
 def heading(title: str, explanation: str) -> None:
@@ -70,6 +80,31 @@ def bars(data: pd.DataFrame, x: str, y: str) -> None:
     st.altair_chart(chart.properties(height=200), width="stretch")
 
 
+def metric_bars(rows: Sequence[MetricRow], first: str, second: str) -> None:
+    """Show metrics of two models as pairs of bars: fractions as they are, others relative to the larger value."""
+    data = []
+    for row in rows:
+        largest = 1.0 if row.unit == "%" else max(abs(value or 0.0) for value in (row.champion, row.challenger))
+        for model, value in ((first, row.champion), (second, row.challenger)):
+            if value is not None:
+                text = format_metric(value, row.unit)
+                data.append({"metric": row.name, "model": model, "length": value / (largest or 1.0), "value": text})
+    base = alt.Chart(pd.DataFrame(data)).encode(
+        y=alt.Y("metric:N", sort=None, title=None, axis=alt.Axis(labelLimit=130, ticks=False)),
+        yOffset=alt.YOffset("model:N", sort=[first, second]),
+    )
+    drawn = base.mark_bar().encode(
+        x=alt.X("length:Q", axis=None, scale=alt.Scale(domain=[0, 1.45])),
+        color=alt.Color(
+            "model:N", sort=[first, second], scale=alt.Scale(domain=[first, second], range=[OTHER, ACCENT]),
+            legend=alt.Legend(orient="top", title=None, direction="vertical", labelLimit=300),
+        ),
+        tooltip=["model", "metric", "value"],
+    )  # fmt: skip
+    labels = base.mark_text(align="left", dx=4, color=MUTED, fontSize=11).encode(x="length:Q", text="value")
+    st.altair_chart((drawn + labels).properties(height=alt.Step(16)), width="stretch")
+
+
 def table(rows: Sequence[Mapping[str, Any]], **options: Any) -> Any:
     """Show rows as a table without an index; return Streamlit's answer if rows can be selected."""
     return st.dataframe(pd.DataFrame(list(rows)), hide_index=True, width="stretch", **options)
@@ -77,7 +112,7 @@ def table(rows: Sequence[Mapping[str, Any]], **options: Any) -> Any:
 
 def answer(text: str) -> None:
     """Show a text of a model: JSON indented, anything else as it is. It is never interpreted."""
-    st.code(pretty(text), language="json" if is_json(text) else None, wrap_lines=True)
+    st.code(pretty(text), language=None, wrap_lines=True)  # Streamlit's colors of code have too little contrast
 
 
 def is_json(text: str) -> bool:

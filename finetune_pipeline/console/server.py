@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_pipeline.console.access import ConsoleAccess
+from finetune_pipeline.console.comparer import Comparer
 from finetune_pipeline.database import Database
 from finetune_pipeline.settings import SettingsError
 
@@ -100,7 +101,12 @@ def serve(database: Database, host: str, port: int, *, loopback: bool) -> None:
         middleware=[Middleware(ConsoleGuard, _access)],
         on_script_error=_report,
     )
-    app.run(config=options(host, port))
+    comparer = Comparer(database)
+    comparer.start()
+    try:
+        app.run(config=options(host, port))
+    finally:
+        comparer.stop()
 
 
 def _report(error: Exception) -> bool:

@@ -8,6 +8,7 @@ import streamlit as st
 
 from finetune_pipeline.console.access import ConsoleUser
 from finetune_pipeline.console.guard import COOKIE
+from finetune_pipeline.console.known_loops import known_loops
 from finetune_pipeline.console.server import current_access
 from finetune_pipeline.curation.redaction import redact
 from finetune_pipeline.database import Database, connect
@@ -15,7 +16,7 @@ from finetune_pipeline.database.api_keys import Scope
 from finetune_pipeline.database.audit import audited
 from finetune_pipeline.orchestrator import Orchestrator, dagster_url
 from finetune_pipeline.pipeline.expected_errors import EXPECTED
-from finetune_pipeline.settings import LoopSettings, home, load_loops, loops_dir
+from finetune_pipeline.settings import LoopSettings, home
 from finetune_pipeline.wording import sentence
 
 R = TypeVar("R")
@@ -61,17 +62,9 @@ def database() -> Database:
     return connect()
 
 
-def loops() -> dict[str, LoopSettings]:
-    """Return all loops by name, the user's own first."""
-    outside = loops_dir()
-    own = load_loops([outside]) if outside else {}
-    return {**own, **load_loops()}
-
-
 def loop() -> LoopSettings:
     """Return the loop that the user chose."""
-    found: LoopSettings = loops()[st.session_state["loop"]]
-    return found
+    return known_loops()[st.session_state["loop"]]
 
 
 def dagster() -> Orchestrator:

@@ -21,6 +21,13 @@ Unit = Literal[
     "points per 100 examples",
 ]
 
+MetricGroup = Literal["quality", "performance", "efficiency"]
+
+_TIMED = ("latency_p50_ms", "latency_p95_ms", "first_token_p50_ms", "tokens_per_second")
+_SATURATED = ("requests_per_second", "cost_per_million_tokens")
+_SPEED = (*_TIMED, *_SATURATED)
+_EFFICIENCY = ("cost_per_million_tokens", "response_tokens", "size_mb", "peak_memory_mb")
+
 
 @dataclass(frozen=True)
 class MetricRow:
@@ -42,6 +49,13 @@ class MetricRow:
     unit: Unit
     base: float | None = None
     flag: str | None = None
+
+    @property
+    def group(self) -> MetricGroup:
+        """What the metric is about: how good the answers are, how fast they come, or what they cost."""
+        if self.key in _EFFICIENCY:
+            return "efficiency"
+        return "performance" if self.key in _SPEED else "quality"
 
     @property
     def better(self) -> bool | None:
@@ -108,11 +122,6 @@ def metric_table(comparison: Comparison) -> list[MetricRow]:
         if champion[key] is not None or challenger[key] is not None
         if key != "unconstrained_valid_rate" or comparison.structured
     ]
-
-
-_TIMED = ("latency_p50_ms", "latency_p95_ms", "first_token_p50_ms", "tokens_per_second")
-_SATURATED = ("requests_per_second", "cost_per_million_tokens")
-_SPEED = (*_TIMED, *_SATURATED)
 
 
 def _metrics(model: ModelResult, comparison: Comparison) -> dict[str, float | None]:

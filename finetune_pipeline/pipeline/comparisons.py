@@ -10,12 +10,15 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from finetune_pipeline.artifacts import hash_of
 from finetune_pipeline.database import Database, DatabaseError, connect
 from finetune_pipeline.evaluation.benchmark import Benchmark, OpenQuestion
 from finetune_pipeline.evaluation.comparison import ComparisonError
+from finetune_pipeline.evaluation.metric_table import MetricRow
+from finetune_pipeline.evaluation.report import JSON, ReportError, metrics_of_report
 from finetune_pipeline.evaluation.run import answer_benchmark
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.pipeline import loop_files
@@ -23,6 +26,7 @@ from finetune_pipeline.pipeline.challengers import find_trained
 from finetune_pipeline.pipeline.compare import compare_two, find_model
 from finetune_pipeline.pipeline.expected_errors import EXPECTED
 from finetune_pipeline.registry.champion import BASE
+from finetune_pipeline.registry.comparisons import list_manual_comparisons
 from finetune_pipeline.registry.model_versions import CandidateModel
 from finetune_pipeline.registry.requested_comparisons import (
     Choice,
@@ -268,6 +272,31 @@ def blind_pairs(db: Database, id: str, voter: str, after: int = 0, limit: int | 
         vote = _side(pair, mine[pair.number]) if pair.number in mine else None
         found.append(BlindPair(pair.number, pair.prompt, a, b, vote))
     return found
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """The report of a comparison on the benchmark.
+
+    Attributes:
+        page: the HTML file.
+        rows: the metrics; `champion` is the first model, `challenger` the one that is compared with it.
+    """
+
+    page: Path
+    rows: Sequence[MetricRow]
+
+
+def report_of(db: Database, comparison: RequestedComparison) -> ComparisonReport | None:
+    """Return the report of a comparison; None for given prompts, before the end, and if its files were deleted."""
+    made = list_manual_comparisons(db, comparison.loop) if comparison.report else []
+    page = next((one.report_path for one in made if one.id == comparison.report), None)
+    if page is None:
+        return None
+    try:
+        return ComparisonReport(page, metrics_of_report(page.with_name(JSON)).rows)
+    except ReportError:
+        return None
 
 
 def vote(db: Database, id: str, number: int, side: Side, voter: str) -> CountedVote:

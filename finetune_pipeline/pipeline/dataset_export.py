@@ -1,7 +1,10 @@
 """The dataset versions of a loop: list and find them, and export those of their examples that pass a filter."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -110,6 +113,41 @@ def examples_of(dataset: Artifact[DatasetManifest], split: str, wanted: ExampleF
     if wanted.of_interactions:
         check_columns(dataset.path)
     return (example for example in read_examples(dataset.path, split) if wanted.passes(example))
+
+
+@dataclass(frozen=True)
+class ExampleSummary:
+    """What a split of a dataset holds, and which of it passes a filter.
+
+    Attributes:
+        count: examples that pass.
+        sample: the first ones that pass.
+        values: column (source, domain, kind, author) -> value -> examples of the whole split, most frequent first.
+            An author is the hash of a name.
+    """
+
+    count: int
+    sample: Sequence["DatasetExample"]
+    values: Mapping[str, Mapping[str, int]]
+
+
+def summarize_examples(
+    dataset: Artifact[DatasetManifest], split: str, wanted: ExampleFilter, sample: int
+) -> ExampleSummary:
+    """Count the examples of a split by their columns, and those that pass a filter; return the first of them.
+
+    Raises:
+        CurationError: an earlier version of the project wrote the dataset, without what the filter needs.
+    """
+    passing = examples_of(dataset, split, wanted)  # raises if the dataset lacks a column
+    values: dict[str, Counter[str]] = {name: Counter() for name in ("source", "domain", "kind", "author")}
+    for example in examples_of(dataset, split, ExampleFilter()):
+        for name, counts in values.items():
+            if (value := getattr(example, name)) is not None:
+                counts[value] += 1
+    first = list(islice(passing, sample))
+    count = len(first) + sum(1 for _ in passing)
+    return ExampleSummary(count, first, {name: dict(counts.most_common()) for name, counts in values.items()})
 
 
 def _versions(loop: LoopSettings) -> list[str]:

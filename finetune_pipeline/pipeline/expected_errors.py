@@ -16,6 +16,7 @@ from finetune_pipeline.inference.errors import EngineError
 from finetune_pipeline.orchestrator import OrchestratorError
 from finetune_pipeline.ray_session import ClusterError
 from finetune_pipeline.registry.model_versions import RegistryError
+from finetune_pipeline.registry.requested_comparisons import RequestedComparisonError
 from finetune_pipeline.registry.training_jobs import JobError
 from finetune_pipeline.schemas import SchemaError
 from finetune_pipeline.settings import SettingsError
@@ -38,6 +39,7 @@ EXPECTED = (
     OrchestratorError,
     RegistryError,
     ReportError,
+    RequestedComparisonError,
     ReviewError,
     SchemaError,
     SettingsError,

@@ -1,6 +1,8 @@
 """The console as a process of its own, and a browser that reports every error in its log."""
 
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,13 +17,17 @@ import pytest
 
 from finetune_pipeline.settings import PROJECT_ROOT
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def missing() -> str:
     """Return what is missing for tests in a browser; empty if nothing is."""
-    absent = [f"the package {name}" for name in ("streamlit", "playwright") if find_spec(name) is None]
-    absent += [] if CHROMIUM.exists() else [str(CHROMIUM)]
+    absent = [
+        f"the package {name}"
+        for name in ("streamlit", "playwright", "axe_playwright_python")
+        if find_spec(name) is None
+    ]
+    absent += [] if CHROMIUM else ["Chromium"]
     return ", ".join(absent)
 
 
@@ -33,7 +39,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
         started.close()
 
@@ -51,7 +57,7 @@ class OpenConsole:
         self.problems: list[str] = []
         self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(120_000)
         self.page.on("console", self._note)
         self.page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
         self.page.on("request", self._note_foreign)
@@ -94,6 +100,14 @@ class OpenConsole:
         field.press("Tab")
         self.wait()
 
+    def choose(self, label: str, option: str | int) -> None:
+        """Choose an option of a list, by its text or its number from 0."""
+        field = self.page.get_by_role("combobox", name=re.compile(rf"{re.escape(label)}$"))
+        field.first.click()
+        options = self.page.get_by_role("option")
+        (options.nth(option) if isinstance(option, int) else options.get_by_text(option, exact=True)).click()
+        self.wait()
+
     def select_row(self, number: int) -> None:
         """Select a row of the first table that has check boxes; the first one is 0."""
         box = self.page.get_by_test_id("stDataFrame").first.bounding_box()
@@ -116,16 +130,34 @@ class OpenConsole:
         self.context.close()
 
 
+EMPTY_PAGE = """
+import sys
+import streamlit as st
+from finetune_pipeline.console.server import options
+st.App(sys.argv[1]).run(config=options("127.0.0.1", int(sys.argv[2])))
+"""
+"""Serves a page of Streamlit with the console's options and nothing on it, to compare the console's pages with."""
+
+
 def start_console(home: Path, **environment: str) -> tuple[subprocess.Popen[bytes], str]:
     """Start `finetune console` for a home; return the process and its address."""
+    return _start(["-m", "finetune_pipeline.cli.main", "console", "--port"], home, **environment)
+
+
+def start_empty_page(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """Start Streamlit with an empty page; return the process and its address."""
+    (folder / "empty.py").write_text('import streamlit as st\nst.title("Empty")\n')
+    return _start(["-c", EMPTY_PAGE, str(folder / "empty.py")], folder)
+
+
+def _start(arguments: list[str], home: Path, **environment: str) -> tuple[subprocess.Popen[bytes], str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "finetune_pipeline.cli.main", "console", "--port", str(port)]
     env = {**os.environ, "FINETUNE_HOME": str(home), "PYTHONPATH": str(PROJECT_ROOT), **environment}
     with (home / "console.log").open("wb") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        process = subprocess.Popen([sys.executable, *arguments, str(port)], env=env, stdout=log, stderr=log)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
     while time.monotonic() < deadline:
         try:
             httpx.get(f"{url}/_stcore/health", timeout=5)
@@ -134,4 +166,4 @@ def start_console(home: Path, **environment: str) -> tuple[subprocess.Popen[byte
             assert process.poll() is None, (home / "console.log").read_text()
             time.sleep(0.2)
     process.kill()
-    raise AssertionError("the console did not start within a minute")
+    raise AssertionError("the console did not start within three minutes")

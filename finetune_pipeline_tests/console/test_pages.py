@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.database.api_keys import create_key
 from finetune_pipeline.database.audit import list_audit
+from finetune_pipeline.export import base_gguf as base_gguf_module
+from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.export.gguf import convert, quantize
 from finetune_pipeline.feedback.search import InteractionFilter, search
 from finetune_pipeline.feedback.store import counters
@@ -17,22 +20,23 @@ from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.registry.champion import champion
-from finetune_pipeline.settings import load_loop
+from finetune_pipeline.registry.requested_comparisons import list_requested_comparisons, pairs_of, votes_of
+from finetune_pipeline.settings import load_loop, loop_file
 from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.console.conftest import OpenConsole, start_console
-from finetune_pipeline_tests.serving.conftest import STARTER, promote
+from finetune_pipeline_tests.serving.conftest import STARTER, copying, promote
 
 pytestmark = pytest.mark.ui
 
 LOOP = "aec_parser"
-PAGES = ("Overview", "Try and rate", "Review", "Interactions", "Data", "Training", "Models", "Settings")
+PAGES = ("Overview", "Try and rate", "Review", "Interactions", "Data", "Training", "Compare", "Models", "Settings")
 PROMPT = "150 mm concrete wall fire-rated two hours"
 SHOTS = os.environ.get("FINETUNE_UI_SCREENSHOTS")
 
 
 @pytest.fixture(scope="module")
 def prepared(browser, tmp_path_factory):
-    """A home with the sample logs and two promoted versions."""
+    """A home with the sample logs, and two promoted versions of the default loop and of `small`."""
     home = tmp_path_factory.mktemp("console") / "home"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_HOME", str(home))
@@ -40,11 +44,15 @@ def prepared(browser, tmp_path_factory):
             patch.delenv(name, raising=False)
         loop = load_loop(LOOP)
         ingest(loop, connect(), print)
-        files = [home / "F16.gguf", home / "Q8_0.gguf"]
-        convert(STARTER, files[0])
-        quantize(files[0], files[1], "Q8_0")
-        for file in files:
-            promote(file, LOOP)
+        files = {kind: home / f"{kind}.gguf" for kind in ("F16", "Q8_0", "Q4_K_M")}
+        convert(STARTER, files["F16"])
+        for kind in ("Q8_0", "Q4_K_M"):
+            quantize(files["F16"], files[kind], kind)
+        patch.setattr(base_gguf_module, "export", copying(files))
+        for name in (LOOP, "small"):
+            base_gguf(loop.model_copy(update={"name": name}), print)
+            promote(files["F16"], name)
+            promote(files["Q8_0"], name)
         connect().engine.dispose()
     return home
 
@@ -199,12 +207,13 @@ def versions(db):
 def test_a_training_that_cannot_start_says_why(console):
     console.open("Training")
     assert "No training was started yet." in console.text
-    console.fill("Learning rate", "fast")
+    console.fill("learning_rate", "fast")
     console.page.get_by_role("button", name="Start", exact=True).click()
     console.wait()
     assert "training.learning_rate: found 'fast', expected a number." in console.text.lower()
-    console.fill("Learning rate", "0.001")
-    console.fill("Further settings of training, as YAML", "lora_r: 8")
+    console.fill("learning_rate", "1e-3")
+    console.page.get_by_text("All other settings of training").click()
+    console.fill("lora_r", "8")
     console.page.get_by_role("button", name="Start", exact=True).click()
     console.wait()
     assert "Start it with finetune ui" in console.text  # no job was created, since Dagster does not run
@@ -242,6 +251,66 @@ def test_an_uploaded_file_becomes_a_dataset(console, tmp_path):
     console.click("Build a dataset")
     console.page.get_by_text("to train on").first.wait_for()
     assert audit() == [("dataset upload", "")]
+
+
+def test_two_models_are_compared_and_voted_on(console, tmp_path):
+    console.open("Compare")
+    assert "Nothing was compared yet." in console.text
+    console.choose("First model", "base")
+    console.page.get_by_text("prompts of my own", exact=True).first.click()
+    console.click("Compare")
+    assert "Found 0 prompts, expected 1 to 200" in console.text
+    console.fill("Prompts of my own", f"{PROMPT}\n\n200 mm brick wall\n")
+    console.page.get_by_role("button", name="Compare", exact=True).click()
+    console.page.get_by_text("Which answer is better?").wait_for()
+    console.wait()
+    [asked] = list_requested_comparisons(connect(), [LOOP])
+    assert (asked.prompts, asked.base, asked.created_by) == (
+        [PROMPT, "200 mm brick wall"],
+        f"{LOOP}@base",
+        audit_actor(),
+    )
+    assert asked.base not in console.page.get_by_test_id("stMarkdown").last.inner_text()
+    console.press("a")
+    console.page.get_by_text("Pair 2 of 2").wait_for()
+    console.click("Tie")
+    console.page.get_by_text("You have voted on every pair.").wait_for()
+    first, second = votes_of(connect(), asked.id)
+    pair = pairs_of(connect(), asked.id)[0]
+    assert (first.voter, first.choice) == (audit_actor(), "tuned" if pair.swapped else "base")
+    assert second.choice == "tie"
+    winner = asked.tuned if pair.swapped else asked.base
+    votes = console.page.get_by_test_id("stMetric").filter(has_text=f"Votes for {winner}")
+    assert votes.get_by_test_id("stMetricValue").inner_text() == "1"
+    assert audit() == [("compare start", ""), ("compare vote", ""), ("compare vote", "")]
+
+
+def test_a_comparison_on_the_benchmark_has_a_report(home, browser, tmp_path):
+    questions = Path(load_loop(LOOP).evaluation.benchmark).read_text(encoding="utf-8").splitlines()[:8]
+    (tmp_path / "few.jsonl").write_text("\n".join(questions), encoding="utf-8")
+    folder = tmp_path / "loops" / "small"
+    folder.mkdir(parents=True)
+    document = yaml.safe_load(loop_file(LOOP).read_text(encoding="utf-8"))
+    document["attributes"] |= {"name": "small", "key_prefix": "small"}
+    document["attributes"]["evaluation"]["benchmark"] = str(tmp_path / "few.jsonl")
+    (folder / "defs.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    process, url = start_console(home, FINETUNE_LOOPS_DIR=str(folder.parent))
+    try:
+        console = OpenConsole(browser, url)
+        console.open("Compare")
+        console.page.get_by_role("button", name="Compare", exact=True).click()
+        console.page.get_by_text("Blind vote").wait_for(timeout=300_000)
+        assert "p-value" in console.text and "Quality" in console.text and "Efficiency" in console.text
+        with console.page.expect_download() as download:
+            console.click("Download the report")
+        assert "<html" in Path(download.value.path()).read_text(encoding="utf-8")
+        [asked] = list_requested_comparisons(connect(), ["small"])
+        assert asked.tuned_wins + asked.base_wins + asked.ties == len(pairs_of(connect(), asked.id)) == len(questions)
+        console.close()
+        assert console.problems == []
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def test_settings_are_found(reader):

@@ -37,10 +37,16 @@ SHORT = {"training": {"num_train_epochs": 1}}
 
 
 class Server:
-    """Dagster's webserver and daemon for a home, as `finetune ui` starts them."""
+    """Dagster's webserver and daemon for a home, as `finetune ui` starts them.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: with `home` and, for loops of its own, `defs`.
+        job: it is started when it knows this job.
+    """
+
+    def __init__(self, folder: Path, job: str = "notes_loop") -> None:
         self.folder = folder
+        self.job = job
         self.env = {**os.environ, "FINETUNE_HOME": str(folder / "home"), "FINETUNE_LOOPS_DIR": str(folder / "defs")}
         self.env.pop("DAGSTER_HOME", None)
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -60,7 +66,7 @@ class Server:
 
     def loaded(self):
         assert self.process.poll() is None, (self.folder / "ui.log").read_text(errors="replace")[-3000:]
-        query = '{ pipelineOrError(params: {pipelineName: "notes_loop", repositoryName: "__repository__", '
+        query = f'{{ pipelineOrError(params: {{pipelineName: "{self.job}", repositoryName: "__repository__", '
         query += 'repositoryLocationName: "finetune_pipeline"}) { __typename } }'
         request = urllib.request.Request(
             f"{self.url}/graphql", json.dumps({"query": query}).encode(), {"Content-Type": "application/json"}

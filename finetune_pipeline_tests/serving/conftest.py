@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,13 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session", autouse=True)
 def converted_once(ggufs: dict[str, Path]) -> Iterator[None]:
     """Replace the conversion of base models, which takes eight seconds, by copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_gguf_module, "export", copying(ggufs))
+        yield
+
+
+def copying(ggufs: Mapping[str, Path]) -> Callable[..., ExportedModel]:
+    """Return an export of the starter model that copies these files, by quantization."""
 
     def export(
         base: Path, adapter: None, folder: Path, quantization: str, tell: Callable[[str], None]
@@ -80,9 +87,7 @@ def converted_once(ggufs: dict[str, Path]) -> Iterator[None]:
             shutil.copyfile(ggufs[kind], folder / f"model-{kind}.gguf")
         return ExportedModel(folder / f"model-{quantization}.gguf", folder / "model-F16.gguf")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_gguf_module, "export", export)
-        yield
+    return export
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -37,7 +37,7 @@ import os, sys, time
 from pathlib import Path
 from finetune_pipeline.pipeline import comparisons
 from finetune_pipeline.registry import requested_comparisons
-from finetune_pipeline.serving.comparer import main
+from finetune_pipeline.pipeline.comparison_child import main
 folder = Path(os.environ["PAUSE"])
 requested_comparisons.LEASE_SECONDS = 1.0
 comparisons.RENEW_SECONDS = 0.1

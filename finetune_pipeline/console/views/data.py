@@ -1,7 +1,7 @@
 """Data: dataset versions with a sample and an export, uploaded files with named errors, and declared sources."""
 
-from datetime import UTC, datetime, time
-from itertools import islice
+from collections.abc import Mapping
+from datetime import UTC, datetime, time, timedelta
 
 import streamlit as st
 
@@ -11,7 +11,13 @@ from finetune_pipeline.curation.dataset_files import SPLITS
 from finetune_pipeline.curation.export_formats import WRITERS, export_rows
 from finetune_pipeline.feedback.source_state import active_sources, skipped_records
 from finetune_pipeline.manifests import DatasetManifest
-from finetune_pipeline.pipeline.dataset_export import ExampleFilter, examples_of, list_datasets
+from finetune_pipeline.pipeline.dataset_export import (
+    ExampleFilter,
+    ExampleSummary,
+    examples_of,
+    list_datasets,
+    summarize_examples,
+)
 from finetune_pipeline.pipeline.datasets import SOURCE, FilePreview, Method, dataset_from_file, preview_file
 from finetune_pipeline.pipeline.source_preview import preview_source
 from finetune_pipeline.pipeline.uploaded_files import new_file
@@ -20,6 +26,7 @@ from finetune_pipeline.wording import counted
 SAMPLE = 20
 PREVIEWED = 10
 _SKIPPED = 100
+_FILTERS = {"source": "Source", "domain": "Domain", "kind": "Kind"}
 _PIECE = 2**20
 
 
@@ -75,22 +82,40 @@ def _counts(reasons: dict[str, int]) -> list[dict[str, object]]:
     return [{"reason": reason, "examples": count} for reason, count in ordered if count]
 
 
+def _summarize(_dataset: Artifact[DatasetManifest], loop: str, version: str, split: str, filter: str) -> ExampleSummary:
+    return summarize_examples(_dataset, split, ExampleFilter.model_validate_json(filter), SAMPLE)
+
+
+_summarized = st.cache_data(_summarize, max_entries=64, show_spinner="Reading the examples")
+
+
 def _sample_and_export(dataset: Artifact[DatasetManifest]) -> None:
+    loop, version = session.loop(), dataset.manifest.version
     st.subheader("Sample and export")
     with st.container(horizontal=True, vertical_alignment="bottom"):
         split = st.selectbox("Split", SPLITS, width=140)
-        source = st.multiselect("Source", list(dataset.manifest.sources), width=220)
+        # A dataset never changes, so what it holds is counted once.
+        values = _summarized(dataset, loop.name, version, split, ExampleFilter().model_dump_json()).values
+        chosen = {name: _values(label, values[name]) for name, label in _FILTERS.items() if len(values[name]) > 1}
+        author = ""
+        if values["author"]:
+            author = st.text_input(
+                "Author", width=160, help=f"A name as logged; a dataset holds {len(values['author']):,} only as hashes."
+            )
         reward = st.number_input("Lowest reward", -1.0, 1.0, -1.0, 0.1, width=140)
         since = st.date_input("Logged since", None, width=160)
+        until = st.date_input("Logged until", None, width=160)
         format = st.selectbox("Format", list(WRITERS), width=180)
     wanted = ExampleFilter(
-        source=tuple(source),
+        author=(author.strip(),) if author.strip() else (),
         min_reward=reward if reward > -1 else None,
         since=datetime.combine(since, time(), UTC) if since else None,
+        until=datetime.combine(until, time(), UTC) + timedelta(days=1) if until else None,  # the day with all its hours
+        **{name: tuple(selected) for name, selected in chosen.items()},
     )
-    examples = list(examples_of(dataset, split, wanted))
-    st.caption(f"{counted(len(examples), 'example')} pass the filter.")
-    if not examples:
+    found = _summarized(dataset, loop.name, version, split, wanted.model_dump_json())
+    st.caption(f"{counted(found.count, 'example')} pass the filter.")
+    if not found.count:
         parts.empty("No example passes the filter.", "Widen it, or choose the other split.")
         return
     parts.table(
@@ -101,22 +126,30 @@ def _sample_and_export(dataset: Artifact[DatasetManifest]) -> None:
                 "reward": f"{one.reward:+.2f}",
                 "source": one.source,
             }
-            for one in islice(examples, SAMPLE)
+            for one in found.sample
         ],
         column_config={"prompt": {"width": 320}, "completion": {"width": 320}},
     )
-    name = f"{session.loop().name}-{dataset.manifest.version}-{split}.{format}.jsonl"
-    prompt = str(dataset.manifest.settings.get("system_prompt", session.loop().system_prompt))
+    name = f"{loop.name}-{version}-{split}.{format}.jsonl"
+    prompt = str(dataset.manifest.settings.get("system_prompt", loop.system_prompt))
     # An export is an action with a row in the audit log, so it is written when the button is pressed.
     if session.user().may("admin") and st.button("Prepare the export", icon=":material/archive:"):
         text = session.perform(
             "dataset export",
-            dataset.manifest.version,
-            lambda: "".join(f"{row}\n" for row in export_rows(examples, format, prompt)),
+            version,
+            lambda: "".join(f"{row}\n" for row in export_rows(examples_of(dataset, split, wanted), format, prompt)),
             needs="admin",
         )
         if text is not None:
             st.download_button(f"Download {name}", text, name, "application/jsonl", type="primary")
+
+
+def _values(label: str, counts: Mapping[str, int]) -> list[str]:
+    """Let the user choose among the values of a column, each shown with its examples."""
+    selected: list[str] = st.multiselect(
+        label, list(counts), width=220, format_func=lambda value: f"{value} ({counts[value]:,})"
+    )
+    return selected
 
 
 def _upload() -> None:

@@ -1,18 +1,17 @@
 """Training: start a job, watch it, pause, resume and cancel it; a closed browser changes nothing."""
 
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 import streamlit as st
-import yaml
 
 from finetune_pipeline.console import parts, session
+from finetune_pipeline.console.training_form import FieldError, training_fields
 from finetune_pipeline.orchestrator import OrchestratorError
 from finetune_pipeline.pipeline import jobs
 from finetune_pipeline.pipeline.dataset_export import list_datasets
 from finetune_pipeline.registry.training_jobs import IN_PROGRESS, TrainingJob, events_of, find_job, list_jobs
 from finetune_pipeline.registry.trainings import list_trainings
-from finetune_pipeline.settings import PresetName, TrainingSettings
 from finetune_pipeline.wording import duration, sentence
 
 LIVE_SECONDS = 2.0
@@ -45,42 +44,23 @@ def show() -> None:
 
 
 def _start() -> None:
-    loop, training = session.loop(), session.loop().training
+    loop = session.loop()
     versions = [one.manifest.version for one in list_datasets(loop)]
     with st.form("start", border=False):
         left, right = st.columns(2)
         dataset = left.selectbox("Dataset", [FROM_LOGS, *versions])
-        presets = ["", *get_args(PresetName)]
-        preset = right.selectbox(
-            "Preset", presets, index=presets.index(training.preset or ""), format_func=lambda name: name or "none",
-            help="A memory size for which settings that are not set here or in the YAML are chosen.",
-        )  # fmt: skip
-        base_model = left.text_input("Base model", loop.base_model, help="A folder, or a Hugging Face id.")
-        methods = list(get_args(TrainingSettings.model_fields["method"].annotation))
-        method = right.selectbox("Method", methods, index=methods.index(training.method))
-        epochs = left.number_input("Epochs", 0.01, 1000.0, float(training.num_train_epochs), step=1.0)
-        rate = right.text_input("Learning rate", f"{training.learning_rate:g}")
-        others = st.text_area(
-            "Further settings of training, as YAML",
-            height=100,
-            placeholder="lora_r: 32\nwarmup_steps: 0.1",
-            help="Every setting of `training` in docs/reference/settings.md: "
-            + ", ".join(TrainingSettings.model_fields),
-        )
+        base_model = right.text_input("Base model", loop.base_model, help="A folder, or a Hugging Face id.")
+        try:
+            own, problem = training_fields(loop.training), ""
+        except FieldError as error:
+            own, problem = {}, str(error)
         started = st.form_submit_button("Start", type="primary", icon=":material/play_arrow:")
     if not started:
         return
-    given = {"num_train_epochs": epochs, "learning_rate": _number(rate), "method": method, "preset": preset or None}
-    own = {name: value for name, value in given.items() if value != getattr(training, name)}
-    try:
-        further = yaml.safe_load(others) or {}
-    except yaml.YAMLError as error:
-        st.error(sentence(f"the further settings are not YAML: {error}"))
+    if problem:
+        st.error(sentence(problem))
         return
-    if not isinstance(further, dict):
-        st.error("The further settings are a list or a text; write one `name: value` on each line.")
-        return
-    settings: dict[str, Any] = {"training": {**own, **further}} if {**own, **further} else {}
+    settings: dict[str, Any] = {"training": own} if own else {}
     if base_model.strip() != loop.base_model:
         settings["base_model"] = base_model.strip()
 
@@ -100,14 +80,6 @@ def _start() -> None:
     if job is not None:
         session.notify("The job was started.")
         st.rerun()
-
-
-def _number(text: str) -> float | str:
-    """Return a number; a text that is none as it is, which the settings refuse by name."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _watch(id: str) -> None:

@@ -1,0 +1,152 @@
+"""Trainings in the console over a real Dagster, by clicks only: from an uploaded file to a promoted model, and back.
+
+The tests share one home and one Dagster, and run in order: the first one begins with an empty home, as a new user does.
+"""
+
+import json
+
+import pytest
+
+from finetune_pipeline.database import connect
+from finetune_pipeline.feedback.search import InteractionFilter, search
+from finetune_pipeline.pipeline.ingest import ingest
+from finetune_pipeline.registry.champion import champion
+from finetune_pipeline.registry.deployment_history import list_history
+from finetune_pipeline.registry.training_jobs import list_jobs
+from finetune_pipeline.settings import load_loop
+from finetune_pipeline_tests.console.conftest import OpenConsole, start_console
+from finetune_pipeline_tests.pipeline.test_jobs import Server
+from finetune_pipeline_tests.waiting import wait_until
+
+pytestmark = [pytest.mark.ui, pytest.mark.timeout(1200)]
+
+LOOP = "aec_parser"
+LONG = 600_000
+"""Milliseconds for what a training has to reach."""
+
+
+@pytest.fixture(scope="module")
+def folder(browser, tmp_path_factory):
+    return tmp_path_factory.mktemp("clicks")
+
+
+@pytest.fixture(autouse=True)
+def own_home(folder, monkeypatch):
+    monkeypatch.setenv("FINETUNE_HOME", str(folder / "home"))
+    for name in ("DAGSTER_HOME", "FINETUNE_DATABASE_URL", "FINETUNE_LOOPS_DIR", "FINETUNE_DAGSTER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return folder / "home"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Return what users liked or corrected in the sample logs, as a file for an upload has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_HOME", str(tmp_path_factory.mktemp("logs")))
+        loop = load_loop(LOOP)
+        ingest(loop, connect(), print)
+        with connect().read() as connection:
+            found = search(connection, LOOP, InteractionFilter(reward=(0.3, 1.0)), 400)
+        connect().engine.dispose()
+    return [
+        {"messages": [{"role": "user", "content": one.interaction.prompt},
+                      {"role": "assistant", "content": one.example.target}]}
+        for one in found
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dagster(folder):
+    (folder / "home").mkdir()
+    (folder / "defs").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_HOME", str(folder / "home"))
+        server = Server(folder, job=f"{LOOP}_loop")
+        server.env.pop("FINETUNE_LOOPS_DIR")
+        server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def address(folder, dagster):
+    process, url = start_console(folder / "home")
+    yield url
+    process.terminate()
+    process.wait(20)
+    log = (folder / "home" / "console.log").read_text()
+    assert "Traceback" not in log, log
+
+
+@pytest.fixture
+def console(address, browser):
+    opened = OpenConsole(browser, address)
+    yield opened
+    opened.close()
+    assert opened.problems == []
+
+
+def the_job():
+    return list_jobs(connect(), LOOP, limit=1)[0]
+
+
+def test_uploaded_data_becomes_a_promoted_model(console, address, browser, rows, tmp_path):
+    assert "No interaction is stored yet" in console.text
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    console.open("Data")
+    console.page.get_by_role("tab", name="Upload").click()
+    console.page.locator("input[type=file]").set_input_files(file)
+    console.page.get_by_text("lines can be used").wait_for()
+    console.wait()
+    console.click("Build a dataset")
+    console.page.get_by_text("to train on").first.wait_for(timeout=LONG)
+
+    console.open("Training")
+    console.choose("Dataset", 1)  # after "build one from the logs"
+    console.page.get_by_role("button", name="Start", exact=True).click()
+    console.page.get_by_test_id("stMarkdown").filter(has_text="by ").first.wait_for(timeout=LONG)
+    console.close()  # a closed browser changes nothing
+    assert the_job().status in {"pending", "running"}
+
+    again = OpenConsole(browser, address)
+    again.open("Training")
+    again.page.get_by_text("completed", exact=True).first.wait_for(timeout=LONG)
+    job = the_job()
+    assert (job.status, job.origin, job.error) == ("completed", "console", ""), job.error
+    again.page.get_by_text("loss by step").wait_for()
+    assert champion(connect(), LOOP) is None
+
+    again.open("Models")
+    again.click("Promote")
+    again.page.get_by_text(f"{LOOP}@v1.0.0 serves").wait_for(timeout=LONG)
+    serving = champion(connect(), LOOP)
+    assert serving.sha256 == job.model_sha256 and serving.scores["accuracy"] > 0.5
+    again.open("Overview")
+    assert "v1.0.0" in again.text
+
+    again.open("Models")
+    again.fill("Reason", "to see the way back")
+    again.click("Roll back")
+    again.page.get_by_text(f"{LOOP}@base serves").wait_for()
+    assert champion(connect(), LOOP) is None
+    assert [row.action for row in list_history(connect(), LOOP)] == ["promote", "rollback"]
+    again.close()
+    assert again.problems == []
+
+
+def test_a_training_is_watched_and_canceled(console, dagster):
+    console.open("Training")
+    console.page.get_by_text("Start a training").click()
+    console.choose("Dataset", 1)
+    console.fill("num_train_epochs", "500")
+    console.page.get_by_role("button", name="Start", exact=True).click()
+    console.page.get_by_text("Step ", exact=False).first.wait_for(timeout=LONG)
+    step = console.page.get_by_test_id("stProgress").inner_text()
+    assert "left" in step and "Machine" in console.text and "Memory" in console.text
+    wait_until(lambda: console.page.get_by_test_id("stProgress").inner_text() != step)  # it goes on by itself
+    console.click("Cancel")
+    console.page.get_by_text("canceled", exact=True).first.wait_for(timeout=LONG)
+    assert the_job().status == "canceled"
+    wait_until(lambda: dagster.trainings() == [], 60)
+    assert console.page.get_by_role("button", name="Resume").count() == 0
