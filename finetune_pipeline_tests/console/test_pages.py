@@ -21,7 +21,7 @@ from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.requested_comparisons import list_requested_comparisons, pairs_of, votes_of
-from finetune_pipeline.settings import load_loop, loop_file
+from finetune_pipeline.settings import COMPONENT_TYPE, load_loop
 from finetune_pipeline_tests.conftest import dataset_rows
 from finetune_pipeline_tests.console.conftest import OpenConsole, start_console
 from finetune_pipeline_tests.serving.conftest import STARTER, copying, promote
@@ -290,9 +290,9 @@ def test_a_comparison_on_the_benchmark_has_a_report(home, browser, tmp_path):
     (tmp_path / "few.jsonl").write_text("\n".join(questions), encoding="utf-8")
     folder = tmp_path / "loops" / "small"
     folder.mkdir(parents=True)
-    document = yaml.safe_load(loop_file(LOOP).read_text(encoding="utf-8"))
-    document["attributes"] |= {"name": "small", "key_prefix": "small"}
-    document["attributes"]["evaluation"]["benchmark"] = str(tmp_path / "few.jsonl")
+    evaluation = {"benchmark": str(tmp_path / "few.jsonl"), "metric": "rouge1", "max_tokens": 48, "context": 512}
+    attributes = {"name": "small", "base_model": str(STARTER), "evaluation": evaluation}
+    document = {"type": COMPONENT_TYPE, "attributes": attributes}
     (folder / "defs.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
     process, url = start_console(home, FINETUNE_LOOPS_DIR=str(folder.parent))
     try:
