@@ -105,8 +105,9 @@ class Server:
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dagster")
     benchmark = folder / "benchmark.jsonl"
-    # What the corrections teach, so that a model that learned it passes the gate.
-    benchmark.write_text("".join(json.dumps({**row, "expected": "spoke"}) + "\n" for row in BENCHMARK))
+    # What the corrections teach, so that a model that learned a half of it passes the gate.
+    questions = [{**row, "expected": row["prompt"].removeprefix("golden question ") + " spoke"} for row in BENCHMARK]
+    benchmark.write_text("".join(json.dumps(row) + "\n" for row in questions))
     attributes = {**ATTRIBUTES, "training": TRAINING, "gate": {"min_score": 0.0}}
     attributes["evaluation"] = {**attributes["evaluation"], "benchmark": str(benchmark)}
     (folder / "defs" / "notes").mkdir(parents=True)

@@ -46,7 +46,7 @@ def story(url):
 
 
 def ends_as(status, url):
-    wait_until(lambda: json.loads(curl(url))["status"] == status, 900, what=story(url))
+    wait_until(lambda: json.loads(curl(url))["status"] == status, 1800, what=story(url), every=1)
     return json.loads(curl(url))
 
 
@@ -89,10 +89,10 @@ def test_a_dataset_is_exported_a_job_created_and_polled_its_model_deployed_and_r
 def test_a_run_that_is_terminated_in_dagsters_ui_cancels_the_job_and_its_training_is_gone(gateway, server):  # noqa: F811
     url = gateway.url + PATH
     job = json.loads(curl(f"{url}/jobs", {"training": {"seed": 11}}))
-    wait_until(lambda: server.trainings(), 300, what=story(f"{url}/jobs/{job['id']}"))
+    wait_until(lambda: server.trainings(), 900, what=story(f"{url}/jobs/{job['id']}"), every=0.2)
     Orchestrator(server.url).terminate(json.loads(curl(f"{url}/jobs/{job['id']}"))["runs"][0])
-    wait_until(lambda: list_jobs(connect(), limit=1)[0].status == "canceled", 120)  # though nobody reads it
-    wait_until(lambda: server.trainings() == [], 60)
+    wait_until(lambda: list_jobs(connect(), limit=1)[0].status == "canceled", 600, every=1)  # though nobody reads it
+    wait_until(lambda: server.trainings() == [])
 
 
 def test_a_gateway_that_is_killed_between_the_row_and_the_launch_launches_after_its_restart(server, loop):  # noqa: F811
@@ -103,14 +103,14 @@ def test_a_gateway_that_is_killed_between_the_row_and_the_launch_launches_after_
         where = {**server.env, "FINETUNE_DAGSTER_URL": dagster.url}
         with process("--loop", loop.name, port=free_port(), **where) as (running, gateway):
             sent = subprocess.Popen(["curl", "-s", f"{running.url}{PATH}/jobs", "--json", body])
-            dagster.launching.wait(120)  # the row exists, and the launch does not reach Dagster
+            assert dagster.launching.wait(600)  # the row exists, and the launch does not reach Dagster
             gateway.kill()
             sent.wait(60)
     job = list_jobs(connect(), limit=1)[0]
     assert (job.status, job.wanted, runs_of(connect(), job.id)) == ("pending", "launch", [])
     with process("--loop", loop.name, port=free_port(), **where | {"FINETUNE_DAGSTER_URL": server.url}):
-        wait_until(lambda: runs_of(connect(), job.id) != [], 180)  # a minute after the last event of the job
-        wait_until(lambda: list_jobs(connect(), limit=1)[0].status == "completed", 900)
+        wait_until(lambda: runs_of(connect(), job.id) != [], 900, every=1)  # a minute after the last event of the job
+        wait_until(lambda: list_jobs(connect(), limit=1)[0].status == "completed", 1800, every=1)
     assert [run.id for run in orchestrator.runs({JOB_TAG: job.id})] == runs_of(connect(), job.id)
 
 
