@@ -3,6 +3,7 @@
 adapter_swap    time to swap the adapter over the same base, idle and with 8 clients
 burn_in         the gate on unchanged retrains of the default loop: how often it would promote (about 20 minutes)
 code            2,000 Python files read as a source, without a teacher: time and memory
+console         first load and navigation with 100,000 interactions, beside an empty page of Streamlit (needs Chromium)
 constrained     tokens per second with and without the default loop's schema: the starter model, SmolLM2 (3 minutes)
 curation        500 to 1,000,000 log rows to a dataset; near-duplicate removal and other libraries (about 10 minutes)
 definitions     time to resolve all definitions, and the heavy packages that this imports
@@ -28,6 +29,7 @@ from benchmarks import (
     adapter_swap,
     burn_in,
     code,
+    console,
     constrained,
     curation,
     definitions,
@@ -46,11 +48,11 @@ from benchmarks import (
 )
 
 MODULES = (
-    adapter_swap, burn_in, code, constrained, curation, definitions, engine_threads, gateway, gateway_peers,
+    adapter_swap, burn_in, code, console, constrained, curation, definitions, engine_threads, gateway, gateway_peers,
     llama_server, loop, memory, methods, parallel_decoding, setup, store, training, vault,
 )  # fmt: skip
 BENCHMARKS = {module.__name__.removeprefix("benchmarks."): module.main for module in MODULES}
-SLOW = {"burn_in", "gateway_peers", "methods", "parallel_decoding", "setup"}
+SLOW = {"burn_in", "console", "gateway_peers", "methods", "parallel_decoding", "setup"}
 
 
 def main() -> None:

@@ -211,7 +211,7 @@ def million() -> dict[str, Any]:
     loop, client, database = load_loop(LOOP), FeedbackClient(LOOP), connect()
     sizes, held = [], 0
     for size in SIZES:
-        client.log_many(_history(held, size))
+        client.log_many(history(held, size))
         held = size
         with database.read() as connection:
             watermark = newest_offset(connection)
@@ -275,7 +275,8 @@ def logs(files: int = 200, megabytes: int = 5) -> dict[str, Any]:
     return {"files": files, "gigabytes": files * megabytes / 1e3, "tick_ms": tick, "verify_s": verifying / 1e3}
 
 
-def _history(start: int, end: int) -> Iterator[Interaction | Feedback]:
+def history(start: int, end: int) -> Iterator[Interaction | Feedback]:
+    """Yield interactions with these numbers, a third of them with a thumb."""
     for number in range(start, end):
         one = interaction(number)
         yield one

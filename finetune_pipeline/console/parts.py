@@ -17,7 +17,7 @@ STYLE = """<style>
   display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .6rem }
 .st-key-cards > div { min-width: 0 }
 [data-testid="stCaptionContainer"] { color: inherit; opacity: .82 }
-[data-testid^="stBaseButton-primary"] p, [data-testid="stMultiSelect"] span[title] {
+[data-testid^="stBaseButton-primary"]:not(:disabled) p, [data-testid="stMultiSelect"] span[title] {
   color: light-dark(#ffffff, #14171c) }
 </style>"""
 """What the theme cannot say: less empty space, cards that fill the width of a phone or a desk, and text with the

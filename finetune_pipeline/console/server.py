@@ -1,11 +1,15 @@
 """`finetune console` as a server: Streamlit's ASGI application behind the guard."""
 
 import logging
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from finetune_pipeline.console import read_cache
 from finetune_pipeline.console.access import ConsoleAccess
 from finetune_pipeline.console.comparer import Comparer
+from finetune_pipeline.console.known_loops import known_loops
 from finetune_pipeline.database import Database
 from finetune_pipeline.settings import SettingsError
 
@@ -101,12 +105,26 @@ def serve(database: Database, host: str, port: int, *, loopback: bool) -> None:
         middleware=[Middleware(ConsoleGuard, _access)],
         on_script_error=_report,
     )
+    threading.Thread(target=_read_ahead, args=(database,), name="console-read", daemon=True).start()
     comparer = Comparer(database)
     comparer.start()
     try:
         app.run(config=options(host, port))
     finally:
         comparer.stop()
+
+
+def _read_ahead(database: Database) -> None:
+    """Read what the first page shows, so that the first visit does not wait for it."""
+    from finetune_pipeline.pipeline.expected_errors import EXPECTED
+    from finetune_pipeline.pipeline.overview import loop_figures
+    from finetune_pipeline.pipeline.status import loop_status
+
+    with suppress(*EXPECTED):  # the page shows it
+        loop = next(iter(known_loops().values()), None)
+        for function in (loop_figures, loop_status):
+            if loop is not None:
+                read_cache.read(function, loop, database)
 
 
 def _report(error: Exception) -> bool:

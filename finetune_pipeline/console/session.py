@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import streamlit as st
 
+from finetune_pipeline.console import read_cache
 from finetune_pipeline.console.access import ConsoleUser
 from finetune_pipeline.console.guard import COOKIE
 from finetune_pipeline.console.known_loops import known_loops
@@ -20,9 +21,6 @@ from finetune_pipeline.settings import LoopSettings, home
 from finetune_pipeline.wording import sentence
 
 R = TypeVar("R")
-
-STATUS_SECONDS = 15
-"""How long the figures of a loop are shown before they are read again; an action reads them at once."""
 
 _NEEDED = {"feedback": "rate and review", "admin": "change models, data and trainings"}
 
@@ -93,7 +91,7 @@ def perform(action: str, subject: str, work: Callable[[], R], *, needs: Scope, d
     except ValueError as error:  # of a field that the user filled in
         st.error(sentence(str(error)))
         return None
-    st.cache_data.clear()
+    read_cache.clear()
     return result
 
 
@@ -124,13 +122,6 @@ def percent(value: float | None) -> str:
 
 
 def cached(function: Callable[..., R], *arguments: Any) -> R:
-    """Return the result of a read function for the current loop, at most STATUS_SECONDS old."""
-    result: R = _cached(f"{function.__module__}.{function.__qualname__}", loop().model_dump_json(), function, arguments)
-    return result
-
-
-def _read(name: str, settings: str, _function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    return _function(loop(), database(), *arguments)
-
-
-_cached = st.cache_data(_read, ttl=STATUS_SECONDS, show_spinner="Reading...", max_entries=64)
+    """Return the result of a read function for the current loop; see `read_cache`."""
+    with st.spinner("Reading"):
+        return read_cache.read(function, loop(), database(), *arguments)

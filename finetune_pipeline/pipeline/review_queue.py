@@ -130,12 +130,22 @@ def weak_slices(loop: LoopSettings, database: Database) -> WeakSlices:
 class ReviewSession:
     """One reviewer's way through the queue.
 
+    Args:
+        queue: what `review_queue` returned a while ago; None reads it now. `refresh` finds what has changed since.
+
     Attributes:
         queue: the examples, in order; at most `limit`.
         position: the index of the current example.
     """
 
-    def __init__(self, loop: LoopSettings, database: Database, reviewer: str, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        loop: LoopSettings,
+        database: Database,
+        reviewer: str,
+        limit: int | None = None,
+        queue: Sequence[QueuedReview] | None = None,
+    ) -> None:
         self._loop = loop
         self._database = database
         self._reviewer = reviewer
@@ -145,7 +155,7 @@ class ReviewSession:
         self._limit = limit
         self._undone = 0  # decisions of earlier sessions
         self._steps: list[tuple[int, ReviewKind | None]] = []  # position and decision; None for a skipped example
-        self.queue = review_queue(loop, database)[:limit]
+        self.queue = list(review_queue(loop, database) if queue is None else queue)[:limit]
         self.position = 0
 
     @property

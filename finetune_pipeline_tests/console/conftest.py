@@ -130,13 +130,21 @@ class OpenConsole:
         self.context.close()
 
 
-EMPTY_PAGE = """
+EMPTY_SERVER = """
 import sys
 import streamlit as st
 from finetune_pipeline.console.server import options
 st.App(sys.argv[1]).run(config=options("127.0.0.1", int(sys.argv[2])))
 """
-"""Serves a page of Streamlit with the console's options and nothing on it, to compare the console's pages with."""
+"""Serves pages of Streamlit with the console's options."""
+
+EMPTY_PAGES = """
+import streamlit as st
+def first(): st.title("Empty")
+def second(): st.title("Other")
+st.navigation([st.Page(first, title="Empty", default=True), st.Page(second, title="Other")]).run()
+"""
+"""Two pages with nothing on them, to compare the console's pages with."""
 
 
 def start_console(home: Path, **environment: str) -> tuple[subprocess.Popen[bytes], str]:
@@ -145,9 +153,9 @@ def start_console(home: Path, **environment: str) -> tuple[subprocess.Popen[byte
 
 
 def start_empty_page(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """Start Streamlit with an empty page; return the process and its address."""
-    (folder / "empty.py").write_text('import streamlit as st\nst.title("Empty")\n')
-    return _start(["-c", EMPTY_PAGE, str(folder / "empty.py")], folder)
+    """Start Streamlit with two empty pages; return the process and its address."""
+    (folder / "empty.py").write_text(EMPTY_PAGES)
+    return _start(["-c", EMPTY_SERVER, str(folder / "empty.py")], folder)
 
 
 def _start(arguments: list[str], home: Path, **environment: str) -> tuple[subprocess.Popen[bytes], str]:

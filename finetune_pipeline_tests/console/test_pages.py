@@ -280,7 +280,7 @@ def test_two_models_are_compared_and_voted_on(console, tmp_path):
     assert (first.voter, first.choice) == (audit_actor(), "tuned" if pair.swapped else "base")
     assert second.choice == "tie"
     winner = asked.tuned if pair.swapped else asked.base
-    votes = console.page.get_by_test_id("stMetric").filter(has_text=f"Votes for {winner}")
+    votes = console.page.get_by_test_id("stMetric").filter(has_text=f"Votes for {winner.rpartition('@')[2]}")
     assert votes.get_by_test_id("stMetricValue").inner_text() == "1"
     assert audit() == [("compare start", ""), ("compare vote", ""), ("compare vote", "")]
 

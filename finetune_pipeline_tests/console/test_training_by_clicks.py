@@ -6,6 +6,7 @@ The tests share one home and one Dagster, and run in order: the first one begins
 import json
 
 import pytest
+import yaml
 
 from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.search import InteractionFilter, search
@@ -13,15 +14,16 @@ from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.registry.champion import champion
 from finetune_pipeline.registry.deployment_history import list_history
 from finetune_pipeline.registry.training_jobs import list_jobs
-from finetune_pipeline.settings import load_loop
+from finetune_pipeline.settings import COMPONENT_TYPE, load_loop, project_path
 from finetune_pipeline_tests.console.conftest import OpenConsole, start_console
 from finetune_pipeline_tests.pipeline.test_jobs import Server
 from finetune_pipeline_tests.waiting import wait_until
 
-pytestmark = [pytest.mark.ui, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ui, pytest.mark.timeout(1800)]
 
-LOOP = "aec_parser"
-LONG = 600_000
+LOOP = "site"
+QUESTIONS = 56
+LONG = 900_000
 """Milliseconds for what a training has to reach."""
 
 
@@ -30,10 +32,36 @@ def folder(browser, tmp_path_factory):
     return tmp_path_factory.mktemp("clicks")
 
 
+@pytest.fixture(scope="module")
+def loops(folder):
+    """Declare the default loop with fewer questions, those in the wording of the logs."""
+    default = load_loop("aec_parser")
+    lines = project_path(default.evaluation.benchmark).read_text(encoding="utf-8").split("\n")
+    own_wording = [line for line in lines if line and json.loads(line)["wording"] != "plain"]
+    benchmark = folder / "benchmark.jsonl"
+    benchmark.write_text("\n".join(own_wording[:: len(own_wording) // QUESTIONS][:QUESTIONS]), encoding="utf-8")
+    attributes = default.model_dump(mode="json", exclude_unset=True)
+    attributes |= {"name": LOOP, "key_prefix": LOOP, "ingest": {}, "serving": {}}
+    attributes["evaluation"] |= {"benchmark": str(benchmark)}
+    for section, name in (
+        ("", "base_model"),
+        ("", "output_schema"),
+        ("curation", "replay"),
+        ("evaluation", "compliance"),
+    ):
+        where = attributes[section] if section else attributes
+        where[name] = str(project_path(where[name]))
+    (folder / "defs" / LOOP).mkdir(parents=True)
+    document = yaml.safe_dump({"type": COMPONENT_TYPE, "attributes": attributes})
+    (folder / "defs" / LOOP / "defs.yaml").write_text(document, encoding="utf-8")
+    return folder / "defs"
+
+
 @pytest.fixture(autouse=True)
-def own_home(folder, monkeypatch):
+def own_home(folder, loops, monkeypatch):
     monkeypatch.setenv("FINETUNE_HOME", str(folder / "home"))
-    for name in ("DAGSTER_HOME", "FINETUNE_DATABASE_URL", "FINETUNE_LOOPS_DIR", "FINETUNE_DAGSTER_URL"):
+    monkeypatch.setenv("FINETUNE_LOOPS_DIR", str(loops))
+    for name in ("DAGSTER_HOME", "FINETUNE_DATABASE_URL", "FINETUNE_DAGSTER_URL"):
         monkeypatch.delenv(name, raising=False)
     return folder / "home"
 
@@ -43,10 +71,10 @@ def rows(tmp_path_factory):
     """Return what users liked or corrected in the sample logs, as a file for an upload has it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_HOME", str(tmp_path_factory.mktemp("logs")))
-        loop = load_loop(LOOP)
+        loop = load_loop("aec_parser")
         ingest(loop, connect(), print)
         with connect().read() as connection:
-            found = search(connection, LOOP, InteractionFilter(reward=(0.3, 1.0)), 400)
+            found = search(connection, loop.name, InteractionFilter(reward=(0.3, 1.0)), 400)
         connect().engine.dispose()
     return [
         {"messages": [{"role": "user", "content": one.interaction.prompt},
@@ -56,21 +84,19 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def dagster(folder):
+def dagster(folder, loops):
     (folder / "home").mkdir()
-    (folder / "defs").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FINETUNE_HOME", str(folder / "home"))
-        server = Server(folder, job=f"{LOOP}_loop")
-        server.env.pop("FINETUNE_LOOPS_DIR")
+    server = Server(folder, job=f"{LOOP}_loop")
+    try:
         server.start()
-    yield server
-    server.kill()
+        yield server
+    finally:
+        server.kill()
 
 
 @pytest.fixture(scope="module")
-def address(folder, dagster):
-    process, url = start_console(folder / "home")
+def address(folder, loops, dagster):
+    process, url = start_console(folder / "home", FINETUNE_LOOPS_DIR=str(loops))
     yield url
     process.terminate()
     process.wait(20)

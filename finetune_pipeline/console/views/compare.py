@@ -132,20 +132,21 @@ def _result(found: RequestedComparison) -> None:
         (st.error if found.status == "failed" else st.info)(parts.plain(session.redacted(sentence(text))))
         return
     votes = count_votes(votes_of(session.database(), found.id))
+    tuned, base = (name.rpartition("@")[2] for name in (found.tuned, found.base))
     figures = []
     if found.tuned_wins is not None:
         figures = [
-            (f"{found.tuned} wins", f"{found.tuned_wins:,}", "Questions in which its score is higher."),
-            (f"{found.base} wins", f"{found.base_wins or 0:,}", "Questions in which its score is higher."),
+            (f"{tuned} wins", f"{found.tuned_wins:,}", "Questions in which its score is higher."),
+            (f"{base} wins", f"{found.base_wins or 0:,}", "Questions in which its score is higher."),
             ("Ties", f"{found.ties or 0:,}", "Questions with the same score."),
         ]
         if found.p_value is not None:
-            help = f"One-sided, that {found.tuned} is not better; below 0.05 counts as significant by convention."
+            help = f"One-sided, that {tuned} is not better; below 0.05 counts as significant by convention."
             figures.append(("p-value", f"{found.p_value:.3f}", help))
     people = f"Blind votes of {counted(len(votes.voters), 'voter')}."
     figures += [
-        (f"Votes for {found.tuned}", f"{votes.tuned_wins:,}", people),
-        (f"Votes for {found.base}", f"{votes.base_wins:,}", people),
+        (f"Votes for {tuned}", f"{votes.tuned_wins:,}", people),
+        (f"Votes for {base}", f"{votes.base_wins:,}", people),
         ("Votes for neither", f"{votes.ties:,}", people),
     ]
     parts.cards(figures)

@@ -109,7 +109,7 @@ def _details(
         scores = {key: value for key, value in version.scores.items() if isinstance(value, int | float)}
         with st.expander("Scores and model card"):
             parts.table([{"metric": key, "value": f"{value:,.4g}"} for key, value in scores.items()])
-            st.markdown(session.redacted(card(database, loop, version)))
+            st.markdown(session.redacted(session.cached(_card, version.id)))
         _decisions_about_version(loop, database, version, serving)
     elif challenger is not None:
         reason = challenger.comparison.reason if challenger.comparison else "It was not evaluated."
@@ -122,6 +122,11 @@ def _details(
     )
     if report is not None and report.is_file():
         st.download_button("Download the report", report.read_bytes(), f"{name.replace('@', '-')}.html", "text/html")
+
+
+def _card(loop: LoopSettings, database: Database, id: str) -> str:
+    """Return the model card of a version; empty if it was deleted meanwhile."""
+    return next((card(database, loop, one) for one in list_models(database, loop.name) if one.id == id), "")
 
 
 def _decisions_about_version(

@@ -7,8 +7,9 @@ import streamlit as st
 
 from finetune_pipeline.console import parts, session
 from finetune_pipeline.curation.retrain_trigger import describe
+from finetune_pipeline.database import Database
 from finetune_pipeline.feedback.statistics import BINS
-from finetune_pipeline.orchestrator import Automation, OrchestratorError
+from finetune_pipeline.orchestrator import Automation, Orchestrator, OrchestratorError
 from finetune_pipeline.pipeline.overview import LoopFigures, loop_figures
 from finetune_pipeline.pipeline.status import LoopStatus, loop_status
 from finetune_pipeline.settings import LoopSettings
@@ -37,20 +38,16 @@ def show() -> None:
     _shown_automation(automation)
 
 
-def _ask_dagster(url: str) -> Automation | str:
+def _ask_dagster(_loop: LoopSettings, _database: Database, url: str) -> Automation | str:
     try:
-        return session.dagster().automation()
+        return Orchestrator(url, timeout_seconds=5).automation()
     except OrchestratorError as error:
         return str(error)
 
 
-_asked = st.cache_data(_ask_dagster, ttl=session.STATUS_SECONDS, show_spinner=False)
-
-
 def _automation() -> Automation | str:
     """Return what starts runs by itself, or why that is unknown."""
-    found: Automation | str = _asked(session.dagster().url)
-    return found
+    return session.cached(_ask_dagster, session.dagster().url)
 
 
 def _problems(

@@ -2,10 +2,10 @@
 
 import streamlit as st
 
-from finetune_pipeline.console import parts, session
+from finetune_pipeline.console import parts, read_cache, session
 from finetune_pipeline.feedback.store import StoredInteraction
 from finetune_pipeline.pipeline.interactions import redact_stored
-from finetune_pipeline.pipeline.review_queue import ReviewSession, editable, in_style_of
+from finetune_pipeline.pipeline.review_queue import ReviewSession, editable, in_style_of, review_queue
 from finetune_pipeline.records import ReviewKind
 from finetune_pipeline.wording import sentence
 
@@ -41,6 +41,7 @@ def show() -> None:
         left_column, _ = st.columns([1, 3])
         if left_column.button("Look again", icon=":material/refresh:"):
             st.session_state.pop("review", None)
+            read_cache.clear()
             st.rerun()
         _undo_button(review)
         return
@@ -52,8 +53,7 @@ def _session(reviewer: str) -> ReviewSession:
     loop = session.loop()
     owner, found = st.session_state.get("review", (None, None))
     if owner != (loop.name, reviewer):
-        with st.spinner("Looking for examples that need a review"):
-            found = ReviewSession(loop, session.database(), reviewer)
+        found = ReviewSession(loop, session.database(), reviewer, queue=session.cached(review_queue))
         st.session_state["review"] = ((loop.name, reviewer), found)
     assert isinstance(found, ReviewSession)
     return found
