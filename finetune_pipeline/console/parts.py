@@ -58,7 +58,7 @@ def line(data: pd.DataFrame, x: str, y: str, *, percent: bool = False) -> None:
     axis = alt.Axis(format=".1%" if percent else ",", tickCount=5)
     chart = (
         alt.Chart(data)
-        .mark_line(point=alt.OverlayMarkDef(size=60), color=ACCENT)
+        .mark_line(point=alt.OverlayMarkDef(size=30, color=ACCENT), color=ACCENT)
         .encode(
             x=alt.X(x, sort=None, axis=alt.Axis(labelAngle=0, labelOverlap=True, title=None)),
             y=alt.Y(y, axis=axis, title=None, scale=alt.Scale(zero=False, nice=True)),

@@ -20,6 +20,7 @@ from finetune_pipeline.pipeline.build_dataset import build_dataset
 from finetune_pipeline.pipeline.ingest import ingest
 from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.registry.champion import champion
+from finetune_pipeline.registry.model_versions import list_models
 from finetune_pipeline.registry.requested_comparisons import list_requested_comparisons, pairs_of, votes_of
 from finetune_pipeline.settings import COMPONENT_TYPE, load_loop
 from finetune_pipeline_tests.conftest import dataset_rows
@@ -110,7 +111,7 @@ def test_the_overview_says_what_serves_and_what_to_do(reader):
     text = reader.text
     assert "v1.1.0" in text or "v1.0.1" in text
     assert "high-reward examples, 50 needed" in text
-    assert "There are enough new examples: start a training." in text
+    assert "There are enough new examples: start a training on the page Training." in text
     assert "to review (optional)" in text
     assert "Start it with finetune ui" in text  # Dagster does not run
 
@@ -182,7 +183,7 @@ def test_interactions_are_searched_and_opened(console):
 def test_a_model_is_switched_archived_and_rolled_back(console):
     db = connect()
     console.open("Models")
-    first, second = sorted(one["name"] for one in versions(db))
+    first, second = sorted(one.name for one in list_models(db, LOOP))
     assert champion(db, LOOP).name == second
     console.click("Roll back")
     assert "Rollback needs reason" in console.text  # nothing happened
@@ -194,14 +195,20 @@ def test_a_model_is_switched_archived_and_rolled_back(console):
     console.fill("Reason", "better after all")
     console.click("Switch to the base model")
     assert champion(db, LOOP) is None
-    assert [action for action, _ in audit()] == ["model rollback", "model rollback", "model switch"]
-    assert [outcome == "" for _, outcome in audit()] == [False, True, True]
-
-
-def versions(db):
-    from finetune_pipeline.registry.model_versions import list_models
-
-    return [{"name": one.name} for one in list_models(db, LOOP)]
+    console.wait()
+    console.fill("Reason", "not needed for now")
+    console.click("Archive")
+    assert [one.name for one in list_models(db, LOOP) if one.archived_at] == [second]
+    console.wait()
+    console.fill("Reason", "needed after all")
+    console.click("Unarchive")
+    console.wait()
+    console.fill("Reason", "the best one")
+    console.click("Make it the champion")
+    assert champion(db, LOOP).name == second
+    done = ["model rollback", "model rollback", "model switch", "model archive", "model unarchive", "model switch"]
+    assert [action for action, _ in audit()] == done
+    assert [outcome == "" for _, outcome in audit()] == [False, *[True] * 5]
 
 
 def test_a_training_that_cannot_start_says_why(console):

@@ -36,7 +36,7 @@ def show() -> None:
     st.markdown(f"**{parts.plain(name)}** serves{since}.")
     _table(loop, database, versions, challengers, serving)
     if not versions and not challengers:
-        parts.empty("No model was trained yet.", "A training makes the first one: `finetune run`, or Dagster.")
+        parts.empty("No model was trained yet.", "A training makes the first one: start it on the page Training.")
     else:
         _details(loop, database, versions, challengers, serving)
     _targets(loop, database)

@@ -71,10 +71,14 @@ def _cards(loop: LoopSettings, figures: LoopFigures, status: LoopStatus) -> None
     live, champion = figures.live, figures.champion
     serving = sum(target.state == "active" for target in status.targets)
     reward = f"{live.average_reward:+.2f}" if live.average_reward is not None else "\u2013"
-    since = f", since {session.moment(figures.champion_since)}" if figures.champion_since else ""
     parts.cards(
         [
-            ("Champion", champion.version if champion else "base model", f"The model that serves{since}."),
+            ("Champion", champion.version if champion else "base model", "The model that serves."),
+            (
+                "Serves since",
+                f"{figures.champion_since:%Y-%m-%d}" if figures.champion_since else "\u2013",
+                session.moment(figures.champion_since),
+            ),
             (
                 "Accuracy",
                 session.percent(champion.accuracy if champion else None),
@@ -98,6 +102,7 @@ def _cards(loop: LoopSettings, figures: LoopFigures, status: LoopStatus) -> None
                 "Servers and folders that serve the champion.",
             ),
             ("To review", f"{status.to_review:,}", "Examples that a person should look at."),
+            ("Interactions", f"{status.interactions:,}", "Logged prompts with their answers."),
         ]
     )
 
@@ -125,7 +130,8 @@ def _what_to_do(loop: LoopSettings, status: LoopStatus, figures: LoopFigures) ->
     if status.interactions == 0:
         steps.append(
             "No interaction is stored yet. Log those of your application through the gateway (`finetune serve`), put "
-            "event files into the drop folder, or ask a model yourself."
+            "event files into the drop folder, ask a model on the page Try and rate, or upload examples on the page "
+            "Data."
         )
     if status.unread_files:
         steps.append(f"{counted(status.unread_files, 'event file')} to ingest: `finetune ingest`, or run raw_logs.")
@@ -135,7 +141,7 @@ def _what_to_do(loop: LoopSettings, status: LoopStatus, figures: LoopFigures) ->
     if status.unmatched:
         steps.append(f"{counted(status.unmatched, 'feedback event')} without an interaction; check the ids.")
     if status.new_examples >= loop.trigger.new_examples:
-        steps.append("There are enough new examples: start a training.")
+        steps.append("There are enough new examples: start a training on the page Training.")
     elif not steps:
         missing = loop.trigger.new_examples - status.new_examples
         steps.append(f"Collect feedback: {counted(missing, 'example')} more start the next training.")
@@ -175,7 +181,7 @@ def _charts(figures: LoopFigures) -> None:
 def _last_runs(figures: LoopFigures) -> None:
     st.subheader("Last runs")
     if not figures.jobs:
-        st.caption("No training was started yet. `finetune run` starts one, and so does Dagster.")
+        st.caption("No training was started yet. The page Training starts one.")
         return
     parts.table(
         [
