@@ -108,6 +108,7 @@ def newest(**wanted):
 
 
 def test_the_overview_says_what_serves_and_what_to_do(reader):
+    reader.page.get_by_test_id("stMetric").first.wait_for()
     text = reader.text
     assert "v1.1.0" in text or "v1.0.1" in text
     assert "high-reward examples, 50 needed" in text
