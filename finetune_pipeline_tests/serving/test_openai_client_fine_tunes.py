@@ -1,6 +1,7 @@
 """The official client's whole flow: upload, create, events, pause, resume, chat; with a real gateway and Dagster."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from finetune_pipeline.export.base_gguf import base_gguf
-from finetune_pipeline.settings import COMPONENT_TYPE, home, read_loop
+from finetune_pipeline.settings import COMPONENT_TYPE, PROJECT_ROOT, home, read_loop
 from finetune_pipeline_tests.serving.conftest import free_port, process
 from finetune_pipeline_tests.serving.test_openai_fine_tuning import BENCHMARK, NAMES, chat, jsonl
 from finetune_pipeline_tests.waiting import wait_until
@@ -18,9 +19,13 @@ from finetune_pipeline_tests.waiting import wait_until
 # Dagster's webserver and daemon, the gateway, and several trainings: run by `make test-servers`.
 pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.timeout(3600)]
 
+PAGE = PROJECT_ROOT / "docs" / "how-to" / "fine-tuning-api.md"
+TREES = ["ash", "bay", "box", "elm", "fig", "fir", "gum", "may", "nut", "oak",
+         "pine", "plum", "rowan", "rose", "sloe", "teak", "thorn", "vine", "willow", "yew"]  # fmt: skip
+
 
 @pytest.fixture(scope="module")
-def client(own_home, tmp_path_factory):
+def gateway(own_home, tmp_path_factory):
     """Run Dagster and a gateway for one loop, as a user starts them."""
     loops = tmp_path_factory.mktemp("loops")
     (loops / "notes").mkdir()
@@ -31,6 +36,7 @@ def client(own_home, tmp_path_factory):
         "base_model": "data/starter_model",
         "curation": {"min_examples": 5, "validation_fraction": 0.2},
         "training": {"max_length": 128, "logging_steps": 1},
+        "serving": {"aliases": ["gpt-4.1-nano-2025-04-14"]},
         "evaluation": {"benchmark": str(benchmark), "metric": "rouge1", "max_tokens": 24, "context": 192},
     }
     (loops / "notes" / "defs.yaml").write_text(yaml.safe_dump({"type": COMPONENT_TYPE, "attributes": attributes}))
@@ -45,11 +51,16 @@ def client(own_home, tmp_path_factory):
         gateway_port = free_port()
         arguments = {"FINETUNE_LOOPS_DIR": str(loops), "FINETUNE_DAGSTER_URL": f"http://127.0.0.1:{port}"}
         with process("--loop", "notes", port=gateway_port, **arguments) as (running, _):
-            yield running.openai()
+            yield running
     finally:
         dagster.terminate()
         dagster.wait(300)
         log.close()
+
+
+@pytest.fixture
+def client(gateway):
+    return gateway.openai()
 
 
 def _answers(url):
@@ -79,12 +90,12 @@ def test_the_official_client_fine_tunes_and_chats_with_the_result(client):
     with pytest.raises(openai.ConflictError, match="was used for another request"):
         jobs.create(**{**request, "seed": 8})
 
-    wait_until(lambda: any(event.type == "metrics" for event in jobs.list_events(job.id)), 600)
+    wait_until(lambda: any(event.type == "metrics" for event in jobs.list_events(job.id)), 1500, every=1)
     jobs.pause(job.id)
-    wait_until(lambda: jobs.retrieve(job.id).status == "paused", 600)
+    wait_until(lambda: jobs.retrieve(job.id).status == "paused", 1500, every=1)
     assert jobs.checkpoints.list(job.id).data == []
     jobs.resume(job.id)
-    wait_until(lambda: jobs.retrieve(job.id).status in ("succeeded", "failed", "cancelled"), 600)
+    wait_until(lambda: jobs.retrieve(job.id).status in ("succeeded", "failed", "cancelled"), 1500, every=1)
 
     done = jobs.retrieve(job.id)
     messages = [event.message for event in jobs.list_events(job.id)][::-1]
@@ -98,3 +109,26 @@ def test_the_official_client_fine_tunes_and_chats_with_the_result(client):
     assert (answer.model, bool(answer.choices[0].message.content)) == (done.fine_tuned_model, True)
     with pytest.raises(openai.ConflictError, match="completed"):
         jobs.cancel(job.id)
+
+
+def test_the_script_of_the_docs_runs_unchanged_but_for_its_base_url(gateway, tmp_path):
+    section = PAGE.read_text().partition("## OpenAI's client")[2]
+    [script], [shown] = (re.findall(f"```{kind}\n(.*?)```", section, re.S)[:1] for kind in ("python", "text"))
+    address = 'base_url="http://127.0.0.1:8484/v1"'
+    assert script.count(address) == 1
+    (tmp_path / "script.py").write_text(script.replace(address, f'base_url="{gateway.url}/v1"'))
+    (tmp_path / "training.jsonl").write_bytes(jsonl(*map(chat, TREES)))
+    command, key = [sys.executable, "script.py"], {"OPENAI_API_KEY": "none"}
+    ended = subprocess.run(command, cwd=tmp_path, env=os.environ | key, capture_output=True, text=True, timeout=3000)
+    assert ended.returncode == 0, ended.stderr
+    print(ended.stdout)  # for the docs, by `pytest -rP`
+    assert steady(ended.stdout) == steady(shown)
+
+
+def steady(output):
+    """Return the lines of an output that depend on no time, hash or machine, without numbers."""
+    lines = [line for line in output.splitlines() if not re.match(r"  (info: training |warn: |\.\.\.)", line)]
+    varying = ((r"answer: .+", "answer"), (r"info: (reject|promote): .+", "verdict"))
+    for pattern, name in (*varying, (r"\b[0-9a-f-]*[0-9][0-9a-f-]*\b", "#")):
+        lines = [re.sub(pattern, name, line) for line in lines]
+    return lines

@@ -21,12 +21,12 @@ from finetune_pipeline.registry.requested_comparisons import (
     create_comparison,
     new_comparison_id,
 )
-from finetune_pipeline.registry.training_jobs import TrainingJob, create_job
+from finetune_pipeline.registry.training_jobs import TrainingJob, create_job, events_of, list_jobs
 from finetune_pipeline.serving.gateway import Gateway
 from finetune_pipeline_tests.orchestration.conftest import corrected
 from finetune_pipeline_tests.pipeline.test_job_status import RecordedDagster
 from finetune_pipeline_tests.serving.conftest import serving
-from finetune_pipeline_tests.serving.test_openai_fine_tuning import NAMES, loop_of
+from finetune_pipeline_tests.serving.test_openai_fine_tuning import NAMES, chat, jsonl, loop_of
 
 OPERATIONS = [
     "DELETE /v1/files/{file_id}",
@@ -88,6 +88,19 @@ OPERATIONS = [
 JOB = "ftjob-0123456789abcdef01234567"
 
 
+class ObedientDagster(RecordedDagster):
+    """Starts each run at once, and ends it as soon as it is terminated."""
+
+    def launch(self, *args):
+        id = super().launch(*args)
+        self.move(id, "STARTED")
+        return id
+
+    def terminate(self, id):
+        super().terminate(id)
+        self.move(id, "CANCELED")
+
+
 @pytest.fixture(scope="module")
 def keyed(own_home, tmp_path_factory):
     """Run a gateway over a recording of Dagster; there is a key with all scopes, a dataset, and a job that ended."""
@@ -100,7 +113,7 @@ def keyed(own_home, tmp_path_factory):
         id=JOB, loop="notes", origin="openai", created_by="tests", status="completed", model_sha256="ab" * 32,
         request={"model": "notes", "training_file": "file-none"}, created_at=datetime.now(UTC),
     ))  # fmt: skip
-    dagster = RecordedDagster()
+    dagster = ObedientDagster()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Gateway, "orchestrator", lambda _: dagster)
         with serving(loop) as running:
@@ -124,7 +137,7 @@ import schemathesis
 from finetune_pipeline.settings import TrainingSettings
 
 TRAINING = jsonschema.Draft202012Validator(TrainingSettings.model_json_schema())
-EXISTING = os.environ["INTERACTION"]
+EXISTING, FILE = os.environ["INTERACTION"], os.environ.get("TRAINING_FILE")
 SCHEMAS = ("response_format", "guided_json", "json_schema", "structured_outputs", "text", "tools")
 
 
@@ -258,6 +271,12 @@ def before_call(context, case, kwargs):
         use_existing_job_fields(case.body)
     if case.operation.path == "/v1/fine_tuning/jobs" and is_text(case.body.get("model"), 500):
         case.body["model"] = "notes"
+        if FILE and is_text(case.body.get("training_file"), 200):
+            case.body["training_file"] = FILE
+            if is_text(case.body.get("validation_file"), 200):
+                case.body["validation_file"] = None
+            if isinstance(case.body.get("method"), dict) and case.body["method"].get("type") == "dpo":
+                case.body["method"] = None  # the file is not of pairs
     if case.operation.path == "/v1/fine-tuning/datasets/export" and is_text(case.body.get("version"), 64):
         case.body["version"] = None
 """
@@ -302,6 +321,8 @@ def completed_comparison():
     return id
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_schemathesis_finds_no_error(keyed, tmp_path):
     running, key = keyed
     (tmp_path / "hooks.py").write_text(HOOKS)
@@ -320,8 +341,35 @@ def test_schemathesis_finds_no_error(keyed, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=900,  # it takes two minutes on an idle machine
+        timeout=3500,  # it takes two minutes on an idle machine
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert [phase for phase in ("Coverage", "Fuzzing", "Stateful") if f"✅ {phase}" not in ended.stdout] == []
     assert running.health()["status"] == "ok"
+
+
+JOBS_CONFIG = """
+[parameters]
+"query.loop" = "notes"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_schemathesis_finds_no_error_in_sequences_over_the_jobs_that_it_creates(keyed, tmp_path):
+    running, key = keyed
+    (tmp_path / "hooks.py").write_text(HOOKS)
+    (tmp_path / "schemathesis.toml").write_text(JOBS_CONFIG)  # its ids are those of responses
+    file = running.openai(api_key=key).files.create(file=("rows.jsonl", jsonl(*map(chat, NAMES))), purpose="fine-tune")
+    environment = {**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path), "INTERACTION": ""}
+    program = [sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json", "--phases", "stateful"]
+    options = ["--header", f"Authorization: Bearer {key}", "--max-examples", "80", "--seed", "1", "--no-color"]
+    options += ["--include-path-regex", "^/v1/fine.tuning/jobs", "--continue-on-failure", "--mode", "positive"]
+    ended = subprocess.run(
+        [*program, *options], env=environment | {"TRAINING_FILE": file.id}, capture_output=True, text=True,
+        cwd=tmp_path, timeout=3500,
+    )  # fmt: skip
+    assert ended.returncode == 0 and "✅ Stateful" in ended.stdout, ended.stdout + ended.stderr
+    made = [job for job in list_jobs(connect()) if job.id != JOB]
+    said = {event.message for job in made for event in events_of(connect(), job.id)}
+    assert {job.origin for job in made} == {"api", "openai"} and {"paused", "canceled"} <= said, ended.stdout
