@@ -3,12 +3,13 @@
 # make demo    set up, run the complete loop on the sample logs, show the result
 # make test    set up, run the tests
 # make test-ui the console in a real browser
+# make up      Dagster's UI and daemon, the gateway and the console together
 # make ui      Dagster's UI for this project
 # make console the loop in a browser, for people who never open a terminal
 # make serve   the gateway: an OpenAI-compatible API for the promoted models
 # make check   formatter, linter, types, definitions, tests: what CI runs, without the slow tests
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-servers test-ui ui console serve check lint format bench doctor clean
+.PHONY: help setup demo test test-all test-servers test-ui up ui console serve check lint format bench doctor clean
 
 export FINETUNE_HOME ?= $(CURDIR)/data/state
 export DAGSTER_HOME ?= $(FINETUNE_HOME)/dagster
@@ -42,6 +43,9 @@ test-servers: $(READY)  # FINETUNE_SKIP_VLLM=1 leaves out vLLM, whose environmen
 test-ui: $(READY)  # needs Chromium; Debian: apt-get install chromium
 	@$(BIN)/pip install -q -c constraints.txt -e '.[console,test-ui]'
 	@$(BIN)/pytest -n auto --dist loadfile -m ui --durations=10
+
+up: $(READY)
+	@$(BIN)/finetune up
 
 ui: $(READY)
 	@$(BIN)/finetune ui

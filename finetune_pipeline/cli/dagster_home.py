@@ -1,5 +1,6 @@
 """Dagster's home: `$FINETUNE_HOME/dagster`, unless DAGSTER_HOME is set."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -46,3 +47,27 @@ def dagster_yaml() -> str:
     """Return the content of the `dagster.yaml` in a home: the project's without paths, which default to the home."""
     settings = yaml.safe_load((PROJECT_ROOT / "dagster.yaml").read_text(encoding="utf-8"))
     return yaml.safe_dump({key: value for key, value in settings.items() if key not in PATHS}, sort_keys=False)
+
+
+def hold_ui_lock(dagster_home: Path, address: str) -> None:
+    """Lock Dagster's home for the UI until this process ends, also as the program that it becomes.
+
+    A second UI of a home would start a second daemon, and each would launch the sensor's runs.
+
+    Raises:
+        SettingsError: another UI holds the lock.
+    """
+    if not dagster_home.is_dir():
+        return  # a home of the user's own that Dagster will report
+    lock = os.open(dagster_home / "ui.lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        other = os.read(lock, 100).decode() or "another address"
+        os.close(lock)
+        raise SettingsError(
+            f"Dagster's UI of {dagster_home} is open already, at {other}; use that one, or end it first"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.write(lock, address.encode())
+    os.set_inheritable(lock, True)

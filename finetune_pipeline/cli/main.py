@@ -26,6 +26,7 @@ from finetune_pipeline.cli.serve import key, serve
 from finetune_pipeline.cli.source import source
 from finetune_pipeline.cli.status import status
 from finetune_pipeline.cli.train import train
+from finetune_pipeline.cli.up import up
 from finetune_pipeline.pipeline.expected_errors import EXPECTED
 from finetune_pipeline.settings import home
 from finetune_pipeline.wording import sentence
@@ -42,6 +43,7 @@ for command in (
     run,
     check,
     demo,
+    up,
     ui,
     env,
     status,

@@ -1,6 +1,5 @@
 """`finetune run`, `check`, `demo`, `env` and `ui`: a run from the terminal, and Dagster's UI."""
 
-import fcntl
 import os
 import shlex
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 import click
 
 from finetune_pipeline.artifacts import try_lock
-from finetune_pipeline.cli.dagster_home import environment
+from finetune_pipeline.cli.dagster_home import environment, hold_ui_lock
 from finetune_pipeline.cli.options import PORTS, bind, json_option, loop_option, print_json
 from finetune_pipeline.hosts import os_user
 from finetune_pipeline.settings import (
@@ -31,6 +30,7 @@ from finetune_pipeline.settings import (
 )
 from finetune_pipeline.wording import counted
 
+UI_PORT = 3000
 DEMO_LOOP = "aec_parser"
 DEMO_PROMPT = "150 mm concrete wall fire-rated two hours California seismic D"
 
@@ -169,12 +169,12 @@ def env() -> None:
 
 
 @click.command()
-@click.option("--port", type=PORTS, default=3000, show_default=True, help="Port on the loopback address.")
+@click.option("--port", type=PORTS, default=UI_PORT, show_default=True, help="Port on the loopback address.")
 def ui(port: int) -> None:
     """Start Dagster's UI with its sensors and schedules."""
     prepared = environment()
     bind("127.0.0.1", port, "--port").close()  # Dagster would report a used port late, below what it logs
-    _hold_ui_lock(Path(prepared["DAGSTER_HOME"]), f"http://127.0.0.1:{port}")
+    hold_ui_lock(Path(prepared["DAGSTER_HOME"]), f"http://127.0.0.1:{port}")
     click.echo(f"starting Dagster's UI of {home()}, which takes up to a minute; stop with Ctrl-C")
     command = ["dev", "-w", str(PROJECT_ROOT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)]
     # In the project's folder, Dagster warns that it does not use the dagster.yaml there.
@@ -203,30 +203,6 @@ def _announce_ui(port: int) -> None:
                     break
                 time.sleep(0.5)
     os._exit(0)
-
-
-def _hold_ui_lock(dagster_home: Path, address: str) -> None:
-    """Lock Dagster's home for the UI until this process ends, also as the program that it becomes.
-
-    A second UI of a home would start a second daemon, and each would launch the sensor's runs.
-
-    Raises:
-        SettingsError: another UI holds the lock.
-    """
-    if not dagster_home.is_dir():
-        return  # a home of the user's own that Dagster will report
-    lock = os.open(dagster_home / "ui.lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        other = os.read(lock, 100).decode() or "another address"
-        os.close(lock)
-        raise SettingsError(
-            f"Dagster's UI of {dagster_home} is open already, at {other}; use that one, or end it first"
-        ) from None
-    os.ftruncate(lock, 0)
-    os.write(lock, address.encode())
-    os.set_inheritable(lock, True)
 
 
 def new_run(loop: LoopSettings) -> tuple[str, Path]:

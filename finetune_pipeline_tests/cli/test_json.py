@@ -23,6 +23,7 @@ WITHOUT_JSON = {
     "init": "writes files",
     "run": "shows the progress of a run; `report --json` has its result",
     "demo": "as run",
+    "up": "serves until it is stopped",
     "ui": "serves until it is stopped",
     "serve": "serves until it is stopped",
     "console": "serves until it is stopped",
