@@ -366,7 +366,7 @@ def compared(monkeypatch, *arguments):
 def test_a_comparison_without_a_champion_prints_the_base_once(monkeypatch):
     lines = compared(monkeypatch)
     assert [line.split()[0] for line in lines] == [f"{LOOP}@base", "no"]
-    assert lines[1] == "  no champion yet: `finetune run` trains one"
+    assert lines[1] == "  the champion is the base model; `finetune status` shows what a better one waits for"
     assert "name another with --model" in compared(monkeypatch, "--model", "base")[1]
 
 
