@@ -8,7 +8,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from finetune_pipeline.evaluation.metric_table import MetricRow, format_metric
+from finetune_pipeline.evaluation.metric_table import BUSY, MetricRow, format_metric
 
 STYLE = """<style>
 [data-testid="stMainBlockContainer"] { padding-top: 3rem; padding-bottom: 3rem; max-width: 76rem }
@@ -90,13 +90,20 @@ def metric_bars(rows: Sequence[MetricRow], first: str, second: str) -> None:
         for model, value in ((first, row.champion), (second, row.challenger)):
             if value is not None:
                 text = format_metric(value, row.unit)
-                data.append({"metric": row.name, "model": model, "length": value / (largest or 1.0), "value": text})
+                data.append(
+                    {
+                        "metric": row.name.removesuffix(BUSY),
+                        "model": model,
+                        "length": value / (largest or 1.0),
+                        "value": text,
+                    }
+                )
     base = alt.Chart(pd.DataFrame(data)).encode(
-        y=alt.Y("metric:N", sort=None, title=None, axis=alt.Axis(labelLimit=130, ticks=False)),
+        y=alt.Y("metric:N", sort=None, title=None, axis=alt.Axis(labelLimit=170, ticks=False)),
         yOffset=alt.YOffset("model:N", sort=[first, second]),
     )
     drawn = base.mark_bar().encode(
-        x=alt.X("length:Q", axis=None, scale=alt.Scale(domain=[0, 1.45])),
+        x=alt.X("length:Q", axis=None, scale=alt.Scale(domain=[0, 2])),
         color=alt.Color(
             "model:N", sort=[first, second], scale=alt.Scale(domain=[first, second], range=[OTHER, ACCENT]),
             legend=alt.Legend(orient="top", title=None, direction="vertical", labelLimit=300),
@@ -104,6 +111,8 @@ def metric_bars(rows: Sequence[MetricRow], first: str, second: str) -> None:
         tooltip=["model", "metric", "value"],
     )  # fmt: skip
     labels = base.mark_text(align="left", dx=4, color=MUTED, fontSize=11).encode(x="length:Q", text="value")
+    if flag := next((row.flag for row in rows if row.flag), None):
+        st.caption(flag)
     st.altair_chart((drawn + labels).properties(height=alt.Step(16)), width="stretch")
 
 

@@ -28,6 +28,9 @@ _SATURATED = ("requests_per_second", "cost_per_million_tokens")
 _SPEED = (*_TIMED, *_SATURATED)
 _EFFICIENCY = ("cost_per_million_tokens", "response_tokens", "size_mb", "peak_memory_mb")
 
+BUSY = " (machine busy)"
+"""End of the name of a metric that was measured beside other programs."""
+
 
 @dataclass(frozen=True)
 class MetricRow:
@@ -87,7 +90,7 @@ def metric_table(comparison: Comparison) -> list[MetricRow]:
     """Return the metrics of the models, the gate's metric first, without those that neither of the two has."""
     champion, challenger = _metrics(comparison.champion, comparison), _metrics(comparison.challenger, comparison)
     base = _metrics(comparison.base, comparison) if comparison.base else {}
-    busy = " (machine busy)" if comparison.contention else ""
+    busy = BUSY if comparison.contention else ""
     columns: list[tuple[str, str, bool, Unit]] = [
         ("accuracy", comparison.metric.name, True, "%"),
         *((f"metric_{label.key}", label.name, True, "%") for label in comparison.metrics),

@@ -169,10 +169,12 @@ def test_a_training_is_watched_and_canceled(console, dagster):
     console.page.get_by_text("All other settings of training").click()
     console.fill("logging_steps", "2")
     console.page.get_by_role("button", name="Start", exact=True).click()
-    console.page.get_by_text("Step ", exact=False).first.wait_for(timeout=LONG)
-    step = console.page.get_by_test_id("stProgress").inner_text()
-    assert "left" in step and "Machine" in console.text and "Memory" in console.text
-    wait_until(lambda: console.page.get_by_test_id("stProgress").inner_text() != step)  # it goes on by itself
+    progress = console.page.get_by_test_id("stProgress")
+    progress.filter(has_text=" left").wait_for(timeout=LONG)
+    step = progress.inner_text()
+    for figure in ("Memory", "Machine", "Validation loss"):
+        console.page.get_by_test_id("stMetric").filter(has_text=figure).first.wait_for()
+    wait_until(lambda: progress.inner_text() != step)  # it goes on by itself
     console.click("Cancel")
     console.page.get_by_text("canceled", exact=True).first.wait_for(timeout=LONG)
     assert the_job().status == "canceled"
