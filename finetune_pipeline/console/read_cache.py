@@ -21,6 +21,9 @@ FRESH_SECONDS = 15
 KEPT_SECONDS = 300
 """A value that is older is not shown any more: the page waits for the new one."""
 
+DELAY_SECONDS = 1.0
+"""Time until the thread begins: the page that is being shown comes first."""
+
 _MAX_VALUES = 100
 
 _log = logging.getLogger(__name__)
@@ -78,4 +81,6 @@ def _in_background(key: Any, call: Callable[[], object]) -> None:
             with _lock:
                 _reading.discard(key)
 
-    threading.Thread(target=work, name="console-read", daemon=True).start()
+    timer = threading.Timer(DELAY_SECONDS, work)
+    timer.daemon = True
+    timer.start()
