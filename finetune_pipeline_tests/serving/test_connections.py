@@ -352,6 +352,7 @@ def test_connections_that_wait_for_answers_are_kept(few):
 # ---- overload
 
 
+@pytest.mark.timeout(1800)
 def test_200_simultaneous_requests_of_the_official_client_are_answered_in_bounded_memory(gateway_process):
     running, gateway = gateway_process
 
@@ -361,8 +362,14 @@ def test_200_simultaneous_requests_of_the_official_client_are_answered_in_bounde
             return [answer.id for answer in await asyncio.gather(*requests)]
 
     memory = []
-    for _ in range(8):
+
+    def settled() -> bool:
+        """Return whether the last five rounds took little more; a leak of 20 KB per request would take more."""
+        return len(memory) > 5 and memory[-1] - memory[-6] < 20 * MEGABYTE
+
+    # Buffers and caches grow to what 200 requests at once need: over four rounds on a quiet machine, in steps that
+    # come later on a busy one, and no further.
+    while not settled():
+        assert len(memory) < 24, memory
         assert len(set(asyncio.run(ask_all()))) == 200
         memory.append(sum(one.memory_info().rss for one in (gateway, *gateway.children(recursive=True))))
-    # Buffers and caches grow to what 200 requests at once need, over about four rounds, and no further.
-    assert memory[-1] - memory[4] < 40 * MEGABYTE, memory
