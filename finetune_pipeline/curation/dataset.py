@@ -9,7 +9,7 @@ A million rows go through this in bounded memory. Loads numpy and pyarrow.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,7 @@ def curate(
     cache: FilterCache | None = None,
     sample_size: int = 2,
     validation_from: int | None = None,
+    replay_ratio: Callable[[int], float] | None = None,
 ) -> DatasetSummary:
     """Build a dataset from a snapshot and write it; the same examples in any order give the same files.
 
@@ -72,6 +73,7 @@ def curate(
         sample_size: how many examples of each source the summary has.
         validation_from: index of the first row of the validation set, which goes to the last row; None: the hash of a
             prompt decides its split.
+        replay_ratio: gives the replay ratio for a number of training examples; None: the setting.
     """
     snapshot = Snapshot([Shard(path) for path in shards])
     filtered = FilterResult(filter_shards(snapshot.shards, policy, identity, cache), snapshot.superseded())
@@ -84,9 +86,9 @@ def curate(
     }
     counts = {dataset_type: rows.count(found) for dataset_type, found in indices.items()}
     known_prompts = filtered.numbers("prompt", selection.examples)
-    replayed, replay_redacted = _select_replay(
-        replay, known_prompts, round(policy.settings.replay_ratio * counts[PROMPT_COMPLETION]["train"]), policy
-    )
+    train = counts[PROMPT_COMPLETION]["train"]
+    ratio = policy.settings.replay_ratio if replay_ratio is None else replay_ratio(train)
+    replayed, replay_redacted = _select_replay(replay, known_prompts, round(ratio * train), policy)
     _write(folder, rows, indices, replayed, system_prompt)
 
     sources, source_codes = filtered.sources(selection.examples)

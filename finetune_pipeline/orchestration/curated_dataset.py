@@ -50,6 +50,8 @@ def curated_dataset_asset(loop: LoopSettings) -> dg.AssetsDefinition:
             f"{manifest.validation:,} for validation, {counted(manifest.preference_pairs, 'preference pair')}, "
             f"{counted(manifest.undesirable, 'undesirable completion')}; left out: {left_out or 'none'}"
         )
+        if manifest.replay_reason:
+            context.log.info(f"replay examples, chosen by auto: {manifest.replay_reason}")
         return materialized(artifact, _metadata(artifact))
 
     return curated_dataset
@@ -64,6 +66,7 @@ def _metadata(artifact: Artifact[DatasetManifest]) -> dict[str, Any]:
         "training examples": manifest.train - manifest.replayed,
         "validation examples": manifest.validation,
         "replay examples": manifest.replayed,
+        **({"reason for the replay": manifest.replay_reason} if manifest.replay_reason else {}),
         "preference pairs": manifest.preference_pairs,
         "left out": sum(manifest.left_out.values()),
         "redacted values": sum(manifest.redacted.values()),

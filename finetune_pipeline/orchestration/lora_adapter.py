@@ -117,6 +117,8 @@ def _metadata(artifact: Artifact[AdapterManifest]) -> dict[str, Any]:
         "seed": int(manifest.settings["seed"]),
         "device": manifest.device,
     }
+    if manifest.settings_reason:
+        metadata["reason for the settings"] = manifest.settings_reason
     if manifest.best_step is not None:
         metadata["best step"] = manifest.best_step
     if result.rejections:

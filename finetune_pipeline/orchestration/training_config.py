@@ -5,7 +5,7 @@ from typing import Any, Literal, get_origin
 import dagster as dg
 from pydantic import Field, create_model
 
-from finetune_pipeline.pipeline.train import left_to_preset
+from finetune_pipeline.pipeline.train import left_to_auto, left_to_preset
 from finetune_pipeline.settings import LoopSettings, TrainingSettings
 
 NOT_IN_THE_LAUNCHPAD = {
@@ -18,6 +18,7 @@ NOT_IN_THE_LAUNCHPAD = {
     "lora_config",
     "report_to",
     "preset",
+    "auto",
 }
 """Settings that Dagster's config has no type for, or that set other settings."""
 
@@ -25,16 +26,17 @@ NOT_IN_THE_LAUNCHPAD = {
 def training_config(loop: LoopSettings) -> type[dg.Config]:
     """Return the config of the launchpad, with a field for each plain training setting and the loop's defaults.
 
-    A setting that the loop leaves to its preset is None and is filled when the step runs. So a base model that is
-    missing or does not fit fails this loop's training, and not the loading of all loops.
+    A setting that the loop leaves to its preset or to auto is None and is filled when the step runs. So a base model
+    that is missing or does not fit fails this loop's training, and not the loading of all loops.
     """
-    preset = left_to_preset(loop)
+    left = dict.fromkeys(left_to_preset(loop), f"preset {loop.training.preset}")
+    left |= dict.fromkeys(left_to_auto(loop), "auto")
     fields: dict[str, Any] = {}
     for name, field in TrainingSettings.model_fields.items():
-        if name in preset:
+        if name in left:
             # Dagster's config has no optional Literal.
             kind: Any = str if get_origin(field.annotation) is Literal else field.annotation
-            description = f"{field.description} Empty: preset {loop.training.preset} sets it."
+            description = f"{field.description} Empty: {left[name]} sets it."
             fields[name] = (kind | None, Field(default=None, description=description))
         elif name not in NOT_IN_THE_LAUNCHPAD:
             default = getattr(loop.training, name)

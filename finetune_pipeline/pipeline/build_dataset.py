@@ -20,6 +20,7 @@ from finetune_pipeline.manifests import DatasetManifest, RawLogsManifest
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.registry.check_outcomes import record_outcomes
 from finetune_pipeline.settings import LoopSettings, home, project_path
+from finetune_pipeline.training.auto_settings import DATA, choose_replay
 from finetune_pipeline.wording import counted
 
 SELECTION_SETTINGS = frozenset(
@@ -43,8 +44,10 @@ def dataset_settings(loop: LoopSettings) -> dict[str, Any]:
     """Return the settings and versions that decide, with the files that the settings name, what is in a dataset."""
     from finetune_pipeline.curation.filter import CODE_VERSION
 
+    chosen = {f"up to {row.up_to:,.0f}": row.replay_ratio for row in DATA} if replay_is_chosen(loop) else {}
     return {
         **loop.curation.model_dump(exclude={"compute"}),  # it does not change the dataset
+        **({"replay_ratio": chosen} if chosen else {}),
         "system_prompt": loop.system_prompt,
         "contents": [*COLUMNS, DATASET_CARD, PROVENANCE_FILE],
         "quotas": {
@@ -55,6 +58,12 @@ def dataset_settings(loop: LoopSettings) -> dict[str, Any]:
         "code_version": CODE_VERSION,
         "filter_packages": package_versions(*FILTER_PACKAGES),
     }
+
+
+def replay_is_chosen(loop: LoopSettings) -> bool:
+    """Return whether `training: auto` chooses the replay: the loop has replay examples, and no ratio is set."""
+    given = loop.curation.model_fields_set
+    return loop.training.auto and loop.curation.replay is not None and "replay_ratio" not in given
 
 
 def curation_files(loop: LoopSettings) -> dict[str, str]:
@@ -119,6 +128,7 @@ def curate_into(
         loop_files.identity,
         system_prompt=loop.system_prompt,
         sample_size=SAMPLE_ROWS_OF_SOURCE,
+        replay_ratio=(lambda train: choose_replay(train)[0]) if replay_is_chosen(loop) else None,
         **options,
     )
     summary = replace(summary, left_out=summary.left_out | replay.left_out)
@@ -130,6 +140,7 @@ def curate_into(
         "train": examples["train"] + summary.replayed,
         "validation": examples["validation"],
         "replayed": summary.replayed,
+        "replay_reason": choose_replay(examples["train"])[1] if replay_is_chosen(loop) else "",
         "sources": summary.sources,
         "left_out": summary.left_out,
         "redacted": summary.redacted,

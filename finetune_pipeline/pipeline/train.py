@@ -15,9 +15,10 @@ from finetune_pipeline.pipeline.loop_files import PACKAGES
 from finetune_pipeline.registry.trainings import Training, record_training
 from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.training.architecture import architecture_of
+from finetune_pipeline.training.auto_settings import CHOSEN, choose_settings
 from finetune_pipeline.training.checkpoints import last_complete, step_of
 from finetune_pipeline.training.child_process import train
-from finetune_pipeline.training.job import ADAPTER, CHECKPOINTS, JobConfig, Progress
+from finetune_pipeline.training.job import ADAPTER, CHECKPOINTS, JobConfig, Progress, TrainingError
 from finetune_pipeline.training.method_choice import DatasetCounts, choose_method
 from finetune_pipeline.training.presets import PRESETS, apply_preset
 
@@ -31,14 +32,47 @@ def left_to_preset(loop: LoopSettings) -> set[str]:
     return set() if preset is None else set(PRESETS[preset].preferred) - loop.training.model_fields_set
 
 
+def left_to_auto(loop: LoopSettings) -> set[str]:
+    """Return the names of the settings that `training: auto` chooses for the loop."""
+    return set(CHOSEN) - loop.training.model_fields_set if loop.training.auto else set()
+
+
+def with_chosen(settings: TrainingSettings, base_model: str, examples: int) -> tuple[TrainingSettings, str]:
+    """Return settings with what auto chooses, and the reason; unchanged, without a reason, if it chooses nothing.
+
+    Args:
+        settings: with the method that trains.
+        base_model: as in the loop's YAML.
+        examples: to train on, without replay.
+
+    Raises:
+        TrainingError: the size of the base model is unknown.
+    """
+    free = set(CHOSEN) - settings.model_fields_set if settings.auto else set()
+    fixed = settings.model_copy(update={"auto": False})  # with the same values, the adapter is the same
+    if not free:
+        return fixed, ""
+    if settings.method != "sft":
+        return fixed, f"auto chooses nothing for {settings.method}, which was not measured; these are the defaults"
+    try:
+        architecture = architecture_of(dequantized_base(base_model))
+    except TrainingError as error:
+        needed = " and ".join(f"training.{name}" for name in CHOSEN if name in free)
+        raise TrainingError(f"training: auto has to know the size of the base model; set {needed}: {error}") from error
+    chosen = choose_settings(examples, architecture.parameters)
+    values = {name: getattr(chosen, name) for name in CHOSEN if name in free}
+    named = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    return fixed.model_copy(update=values), f"{named}, chosen by auto {chosen.reason}"
+
+
 def settings_of_run(loop: LoopSettings, overrides: dict[str, Any]) -> TrainingSettings:
     """Return the loop's training settings with those that were set for one run.
 
     Args:
-        overrides: setting -> value; None leaves a setting to the loop's preset if the preset fills it.
+        overrides: setting -> value; None leaves a setting to the loop's preset or to auto if that fills it.
     """
-    preset = left_to_preset(loop)
-    given = {name: value for name, value in overrides.items() if value is not None or name not in preset}
+    left = left_to_preset(loop) | left_to_auto(loop)
+    given = {name: value for name, value in overrides.items() if value is not None or name not in left}
     return TrainingSettings.model_validate(loop.training.model_dump(exclude_unset=True) | given)
 
 
@@ -74,6 +108,9 @@ def train_adapter(
     dataset_type = DATASET_TYPES[method]
     begin = training_start(loop, settings, dataset, dataset_type, base_hash(base))
     log(f"{begin.mode} training, {begin.reason}; {reason}")
+    settings, why = with_chosen(settings, loop.base_model, begin.new or held.desirable)
+    if why:
+        log(why)
 
     inputs = {DatasetManifest.stage: held.version, "base_model": base_hash(base)}
     datasets = {held.version: dataset.sha256}
@@ -116,6 +153,7 @@ def train_adapter(
             "mode_reason": begin.reason,
             "new_examples": begin.new,
             "method_reason": reason,
+            "settings_reason": why,
             "datasets": datasets,
             "watermark": held.watermark,
             **{name: measured[name] for name in AdapterManifest.model_fields if name in measured},

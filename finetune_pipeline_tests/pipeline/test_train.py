@@ -1,5 +1,7 @@
 """Training an adapter: method, preset, progress, and what the manifest records."""
 
+import json
+
 import pytest
 
 from finetune_pipeline.database import connect
@@ -8,7 +10,15 @@ from finetune_pipeline.feedback.store import record
 from finetune_pipeline.pipeline import build_dataset, train
 from finetune_pipeline.pipeline.lineage import made_with
 from finetune_pipeline.pipeline.snapshot import snapshot
-from finetune_pipeline.pipeline.train import describe_progress, train_adapter, training_of
+from finetune_pipeline.pipeline.train import (
+    describe_progress,
+    left_to_auto,
+    settings_of_run,
+    train_adapter,
+    training_of,
+    with_chosen,
+)
+from finetune_pipeline.training.auto_settings import choose_replay, choose_settings
 from finetune_pipeline.training.job import Progress, TrainingError
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
@@ -98,3 +108,53 @@ def test_training_progress_is_one_line():
     assert describe_progress(bare) == (
         "training 25%, step 6 of 24, epoch 0.8, loss 1.250, learning rate 0.0002, 12,346 tokens/s, 1:23 left"
     )
+
+
+@pytest.mark.slow
+def test_auto_chooses_settings_and_replay_and_records_the_reasons(make_loop, tmp_path):
+    rows = [{"prompt": f"old {number}", "completion": "yes"} for number in range(60)]
+    (tmp_path / "replay.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curation = {"min_examples": 1, "validation_fraction": 0.0, "replay": str(tmp_path / "replay.jsonl")}
+    training = {"auto": True, "num_train_epochs": 1, "max_length": 128}
+    loop = make_loop(training=training, curation=curation)
+    held = dataset(loop, bad=())
+    ratio, why = choose_replay(held.manifest.desirable)
+    assert held.manifest.replayed == round(ratio * held.manifest.desirable) and held.manifest.replay_reason == why
+    assert "replay" in (held.path / "card.md").read_text()
+    logged = []
+    manifest = train_adapter(loop, loop.training, held, "run", lambda _: None, logged.append).manifest
+    assert manifest.settings["learning_rate"] == choose_settings(held.manifest.desirable, 3_370_000).learning_rate
+    assert manifest.settings["num_train_epochs"] == 1  # as it is set
+    assert manifest.settings_reason in logged
+    assert manifest.settings_reason.startswith("learning_rate 0.002, chosen by auto for ")
+    assert "num_train_epochs" not in manifest.settings_reason.partition(", chosen")[0]
+
+
+def test_auto_leaves_alone_what_is_set(make_loop):
+    curation = {"replay": None, "replay_ratio": 0.5}
+    for training in ({}, {"auto": False}):
+        settings, why = with_chosen(make_loop(training=training, curation=curation).training, "missing", 10)
+        assert (settings.learning_rate, why) == (2e-4, "")
+    both = make_loop(training={"auto": True, "learning_rate": 1e-3, "num_train_epochs": 2}, curation=curation)
+    assert with_chosen(both.training, "missing", 10)[1] == "" and not build_dataset.replay_is_chosen(both)
+    kto, why = with_chosen(make_loop(training={"auto": True, "method": "kto"}).training, "missing", 10)
+    assert kto.num_train_epochs == 3 and why.startswith("auto chooses nothing for kto")
+
+
+def test_auto_needs_the_size_of_the_base_model(make_loop):
+    loop = make_loop(training={"auto": True, "learning_rate": 1e-3})
+    with pytest.raises(
+        TrainingError, match=r"training: auto has to know .* set training\.num_train_epochs: nobody/none"
+    ):
+        with_chosen(loop.training, "nobody/none", 10)
+
+
+def test_auto_stands_alone_or_among_other_settings(make_loop):
+    assert make_loop(training="auto").training == make_loop(training={"auto": True}).training
+    assert left_to_auto(make_loop(training="auto")) == {"learning_rate", "num_train_epochs"}
+    assert left_to_auto(make_loop(training={"auto": True, "learning_rate": 1e-3})) == {"num_train_epochs"}
+    loop = make_loop(training="auto")
+    given = {**loop.training.model_dump(), "learning_rate": None, "num_train_epochs": None, "seed": 3}
+    settings = settings_of_run(loop, given)  # as the launchpad gives them
+    chosen, why = with_chosen(settings, loop.base_model, 50)
+    assert chosen.num_train_epochs == choose_settings(50, 3_370_000).num_train_epochs and chosen.seed == 3 and why

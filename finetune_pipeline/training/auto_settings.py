@@ -1,0 +1,103 @@
+"""The choice of `training: auto`: learning rate, epochs and replay by amount of data and size of the base model. Pure.
+
+Two rows decide, one of each table. The tables follow from `python -m benchmarks few_examples`.
+"""
+
+from dataclasses import dataclass
+
+from finetune_pipeline.wording import counted
+
+CHOSEN = ("learning_rate", "num_train_epochs")
+"""Settings of training that auto chooses where they are not set. It chooses curation.replay_ratio too."""
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """What suits base models of a size.
+
+    Attributes:
+        below: the row holds for fewer parameters than this.
+        learning_rate: peak learning rate for SFT with LoRA.
+        passes: fraction of the epochs of the table below, at least one epoch.
+        reason: why, for people.
+    """
+
+    below: float
+    learning_rate: float
+    passes: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """What suits an amount of data.
+
+    Attributes:
+        up_to: the row holds for at most so many training examples, without replay.
+        epochs: passes over the data.
+        replay_ratio: replay examples for each training example.
+        reason: why so many epochs, for people.
+        replay_reason: why so much replay.
+    """
+
+    up_to: float
+    epochs: float
+    replay_ratio: float
+    reason: str
+    replay_reason: str
+
+
+SIZES = (
+    SizeRow(50e6, 2e-3, 1, "a model below 50 million parameters learns a task only with a high learning rate"),
+    SizeRow(500e6, 5e-4, 0.5, "a model below 500 million parameters learns from fewer passes at a lower rate"),
+    SizeRow(float("inf"), 2e-4, 0.5, "the usual rate for LoRA on larger models, which learn from few passes"),
+)
+_HALF = "as much as there is new, against forgetting"
+DATA = (
+    DataRow(30, 16, 4, "so few examples make few updates", "many passes over little data forget much"),
+    DataRow(80, 10, 2, "few examples make few updates", "many passes over little data forget much"),
+    DataRow(200, 6, 1, "as many updates as with more data", _HALF),
+    DataRow(1_000, 4, 1, "enough examples for a few epochs", _HALF),
+    DataRow(10_000, 3, 1, "TRL's default number of epochs", _HALF),
+    DataRow(float("inf"), 1, 0.2, "more passes take long and gain little", "one pass forgets little"),
+)
+
+
+@dataclass(frozen=True)
+class AutoSettings:
+    """Settings of training for an amount of data and a size of model, and why.
+
+    Attributes:
+        learning_rate, num_train_epochs: of TrainingSettings.
+        reason: one line, for people.
+    """
+
+    learning_rate: float
+    num_train_epochs: float
+    reason: str
+
+
+def choose_settings(examples: int, parameters: int) -> AutoSettings:
+    """Return the settings for SFT with LoRA.
+
+    Args:
+        examples: to train on, without replay.
+        parameters: of the base model.
+    """
+    size, data = next(row for row in SIZES if parameters < row.below), _data_row(examples)
+    return AutoSettings(
+        size.learning_rate,
+        max(1.0, data.epochs * size.passes),
+        f"for {counted(examples, 'example')} and {parameters / 1e6:,.0f} million parameters: {size.reason}; "
+        f"{data.reason}",
+    )
+
+
+def choose_replay(examples: int) -> tuple[float, str]:
+    """Return the replay examples for each of so many training examples, and why."""
+    row = _data_row(examples)
+    return row.replay_ratio, f"{row.replay_ratio:g} for each of {counted(examples, 'example')}: {row.replay_reason}"
+
+
+def _data_row(examples: int) -> DataRow:
+    return next(row for row in DATA if examples <= row.up_to)
