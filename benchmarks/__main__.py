@@ -8,6 +8,7 @@ constrained     tokens per second with and without the default loop's schema: th
 curation        500 to 1,000,000 log rows to a dataset; near-duplicate removal and other libraries (about 10 minutes)
 definitions     time to resolve all definitions, and the heavy packages that this imports
 engine_threads  libgomp's default, its PASSIVE and the engine's own way to wait, idle and next to busy loops (3 minutes)
+few_examples    fixed settings and `training: auto` on little data: the starter model, SmolLM2 (2 hours)
 gateway         overhead per request, tokens per second by clients, hot swaps under load, rollback
 gateway_peers   the gateway's overhead compared with an earlier commit, and with litellm's proxy (about 10 minutes)
 llama_server    tokens per second, 8 clients and adapter swaps compared with llama-server (needs xllamacpp)
@@ -34,6 +35,7 @@ from benchmarks import (
     curation,
     definitions,
     engine_threads,
+    few_examples,
     gateway,
     gateway_peers,
     llama_server,
@@ -48,11 +50,11 @@ from benchmarks import (
 )
 
 MODULES = (
-    adapter_swap, burn_in, code, console, constrained, curation, definitions, engine_threads, gateway, gateway_peers,
-    llama_server, loop, memory, methods, parallel_decoding, setup, store, training, vault,
+    adapter_swap, burn_in, code, console, constrained, curation, definitions, engine_threads, few_examples, gateway,
+    gateway_peers, llama_server, loop, memory, methods, parallel_decoding, setup, store, training, vault,
 )  # fmt: skip
 BENCHMARKS = {module.__name__.removeprefix("benchmarks."): module.main for module in MODULES}
-SLOW = {"burn_in", "console", "gateway_peers", "methods", "parallel_decoding", "setup"}
+SLOW = {"burn_in", "console", "few_examples", "gateway_peers", "methods", "parallel_decoding", "setup"}
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def write_demo_loop(folder: Path, base: Path) -> Path:
     attributes = load_yaml(DEFAULT.read_text(encoding="utf-8"))["attributes"]
     for source in attributes["ingest"]["folders"]:
         for path in sorted(project_path(source).glob("*.jsonl")):
-            events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            events = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             lines = [json.dumps({**event, "loop": NAME}, ensure_ascii=False) for event in events]
             write_text(logs / path.name, "\n".join(lines) + "\n")
     document = {"type": COMPONENT_TYPE, "attributes": _attributes(attributes, base)}
