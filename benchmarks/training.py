@@ -198,7 +198,8 @@ def train(recipe: str, kind: str, rate: str, seed: str, dataset: str) -> dict[st
 def _ours(job: Any, data: Any) -> tuple[float, float]:
     """Train by this project's trainer; return the wall and CPU seconds of its training loop."""
     from finetune_pipeline.training import trainer as own
-    from finetune_pipeline.training.model import bf16_is_faster, save_adapter
+    from finetune_pipeline.training.hardware import bf16_is_faster
+    from finetune_pipeline.training.model import save_adapter
     from finetune_pipeline.training.tokenized_data import load_tokenizer
 
     bf16 = job.settings.bf16 and bf16_is_faster(job.settings.per_device_train_batch_size)

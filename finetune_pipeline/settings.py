@@ -605,8 +605,8 @@ class TrainingSettings(Settings):
     )
     auto: bool = Field(
         default=False,
-        description="Choose learning_rate, num_train_epochs and curation.replay_ratio, where they are not set, by the "
-        "amount of data and the size of the base model. `training: auto` stands for `auto: true`.",
+        description="Choose learning_rate, num_train_epochs, load_best_model_at_end and curation.replay_ratio, where "
+        "they are not set, by the amount of data and the size of the base model. `training: auto` stands for this.",
     )
     method: Literal["auto", "sft", "dpo", "kto"] = Field(
         default="sft",
@@ -679,6 +679,10 @@ class TrainingSettings(Settings):
     )
     save_steps: Steps = Field(
         default=0.2, gt=0, description="Steps between checkpoints and validations; below 1, a fraction of all steps."
+    )
+    load_best_model_at_end: bool = Field(
+        default=True,
+        description="Keep the weights with the lowest validation loss; false keeps the last ones.",
     )
     early_stopping_patience: int | None = Field(
         default=None, ge=1, description="Validations without a lower loss after which training stops."

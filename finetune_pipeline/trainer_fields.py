@@ -73,7 +73,7 @@ RESERVED: dict[str, str] = {
     "eval_accumulation_steps": _VALIDATION,
     "eval_do_concat_batches": _VALIDATION,
     "eval_use_gather_object": _VALIDATION,
-    "load_best_model_at_end": _BEST,
+    "load_best_model_at_end": "set training.load_best_model_at_end",
     "metric_for_best_model": _BEST,
     "greater_is_better": _BEST,
     "logging_strategy": "set training.logging_steps",

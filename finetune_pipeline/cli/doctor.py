@@ -11,7 +11,8 @@ from tempfile import TemporaryFile
 import click
 
 from finetune_pipeline.cli.options import json_option, print_json
-from finetune_pipeline.settings import home
+from finetune_pipeline.settings import SettingsError, home, load_loops, project_path
+from finetune_pipeline.wording import first_line
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Finding:
 def doctor(as_json: bool) -> None:
     """Check what this machine can run, with remedies.
 
-    Checks Python, the compiler, llama.cpp, the GGUF converter, the GPU, the training backends and the sandbox for code.
-    Exits with 1 if something that is needed does not work.
+    Checks Python, the compiler, llama.cpp, the GGUF converter, the GPU, the training backends, the sandbox for code,
+    and whether disk and memory suffice for a run of each loop. Exits with 1 if something that is needed does not work.
     """
     findings = (finding for check in CHECKS for finding in check())
     if as_json:
@@ -123,4 +124,49 @@ def _sandbox() -> Iterator[Finding]:
     yield Finding("sandbox for code", problem is None, detail, remedy, needed=False)
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_system, _compiler, _llama, _gpu, _backends, _sandbox)
+def _room() -> Iterator[Finding]:
+    """Compare what a run of each loop needs with what is free, without downloading or dequantizing a base model."""
+    from finetune_pipeline.export.base import local_tokenizer
+    from finetune_pipeline.pipeline.needs import free_space, shortages, stage_needs
+    from finetune_pipeline.pipeline.plan import plan_training
+    from finetune_pipeline.training.architecture import architecture_of
+    from finetune_pipeline.training.job import TrainingError
+
+    try:
+        loops, free = load_loops(), free_space()
+    except SettingsError as error:
+        yield Finding("loops", False, first_line(str(error)), "finetune check", needed=False)
+        return
+    for loop in loops.values():
+        name, file = f"room for {loop.name}", project_path(loop.base_model)
+        base = str(local_tokenizer(loop.base_model) or loop.base_model)
+        try:
+            planned = plan_training(architecture_of(base), loop.training, examples=1)
+        except TrainingError as error:
+            detail = f"unknown: {first_line(str(error))}"
+            if file.is_file():
+                detail = f"unknown until {file.name} is read into the cache"
+            yield Finding(name, False, detail, f"finetune train plan --loop {loop.name}", needed=False)
+            continue
+        device = planned.machine.device
+        if planned.chosen is None:
+            yield Finding(name, False, planned.refusal, f"finetune train plan --loop {loop.name}", needed=False)
+            continue
+        gguf = file if file.is_file() else None
+        best = planned.chosen
+        needs = stage_needs(architecture_of(base), loop, best.settings, best.memory.bytes, device, gguf=gguf)
+        if short := shortages(needs, free):
+            yield Finding(name, False, "; ".join(short), f"finetune train plan --loop {loop.name}", needed=False)
+            continue
+        most = max(needs, key=lambda one: one.memory)
+        disk = sum(one.disk for one in needs) / 1e9
+        yield Finding(
+            name,
+            True,
+            f"a run writes up to {disk:.1f} GB, and needs up to {most.memory / 1e9:.1f} GB of "
+            f"{'GPU ' if most.device == 'gpu' else ''}memory ({most.stage})",
+            needed=False,
+        )
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_system, _compiler, _llama, _gpu, _backends, _sandbox, _room)

@@ -23,12 +23,14 @@ from finetune_pipeline.settings import (
     home,
     load_loop,
     load_loops,
+    project_path,
     the_loop,
     with_loop,
 )
 from finetune_pipeline.wording import duration
 
 if TYPE_CHECKING:
+    from finetune_pipeline.pipeline.needs import FreeSpace, StageNeed
     from finetune_pipeline.pipeline.plan import PlannedTraining
 
 POLL_SECONDS = 0.5
@@ -67,12 +69,15 @@ def plan(
 ) -> None:
     """Show which settings fit in memory, and print their YAML.
 
-    Lists adapter, batch, length, peak memory and time for each option, and how they were estimated. The tokenizer and
-    chat template of a base model that is on this machine are checked first.
+    Lists adapter, batch, length, peak memory and time for each option, and how they were estimated, and what each stage
+    of a run needs, from training to serving. The tokenizer and chat template of a base model that is on this machine
+    are checked first.
     """
     from finetune_pipeline.export.base import dequantized_base, local_tokenizer
     from finetune_pipeline.pipeline.check_loop import vocabulary_problems
-    from finetune_pipeline.pipeline.plan import ASSUMED_EXAMPLES, expected_examples, plan_training
+    from finetune_pipeline.pipeline.needs import free_space, shortages, stage_needs
+    from finetune_pipeline.pipeline.plan import ASSUMED_EXAMPLES, ExpectedData, expected_data, plan_training
+    from finetune_pipeline.pipeline.train import with_chosen
     from finetune_pipeline.training.architecture import architecture_of
     from finetune_pipeline.training.estimate import ERROR
 
@@ -88,17 +93,36 @@ def plan(
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise SettingsError(f"the base model {base or name} cannot be trained and served:{lines}")
-    origin = "--examples"
-    if examples is None:
-        examples, origin = expected_examples(chosen) if chosen else (ASSUMED_EXAMPLES, "assumed; set --examples")
-    planned = plan_training(architecture, given, examples=examples, preset=preset, vram=vram, length=length)
+    if chosen is not None:
+        data = expected_data(chosen, folder)
+    else:
+        data = ExpectedData(ASSUMED_EXAMPLES, ASSUMED_EXAMPLES, None, "assumed; set --examples")
+    if examples is not None:
+        data = ExpectedData(examples, examples, data.mean_tokens, "--examples")
+    examples = data.examples
+    method = {} if given.method != "auto" else {"method": "sft"}
+    given, why = with_chosen(given.model_copy(update=method), base or name, data.new)
+    planned = plan_training(
+        architecture, given, examples=examples, preset=preset, vram=vram, length=length, mean_tokens=data.mean_tokens
+    )
+    needs: tuple[StageNeed, ...] = ()
+    if chosen is not None and planned.chosen is not None:
+        best_settings, peak = planned.chosen.settings, planned.chosen.memory.bytes
+        file = project_path(base or name)
+        gguf = file if file.is_file() else None
+        needs = stage_needs(architecture, chosen, best_settings, peak, planned.machine.device, gguf=gguf)
+    elsewhere = vram is not None or planned.is_for_preset
+    free = free_space()
+    short = [] if elsewhere else shortages(needs, free)
     if as_json:
         machine = {"device": planned.machine.device, "usable_bytes": int(planned.machine.bytes)}
         options = [_option_json(option) for option in planned.options]
         best_json = _option_json(planned.chosen) if planned.chosen else None
         print_json(
             {"base_model": architecture.name, "parameters": architecture.parameters, "examples": examples,
-             "examples_from": origin, **machine, "options": options, "chosen": best_json}
+             "examples_from": data.origin, "mean_tokens": data.mean_tokens, "auto": why, **machine,
+             "options": options, "chosen": best_json, "stages": needs, "free": None if elsewhere else free,
+             "shortages": short}
         )  # fmt: skip
         if planned.chosen is None:
             raise SettingsError(planned.refusal)
@@ -130,14 +154,33 @@ def plan(
         click.echo(f"  {part.name:<13} {part.bytes / 2**30:6.2f} GiB  {part.formula}")
     if time is not None:
         idle = " on idle cores" if planned.machine.device == "cpu" else ""
-        assumed = "assuming a mean length of half of max_length"
-        click.echo(f"time: {duration(time.seconds)}{idle}, {assumed}: {time.formula}")
-        click.echo(f"examples: {examples:,} ({origin})")
+        assumed = ", assuming a mean length of half of max_length" if data.mean_tokens is None else ""
+        click.echo(f"time: {duration(time.seconds)}{idle}{assumed}: {time.formula}")
+        click.echo(f"examples: {examples:,} ({data.origin})")
+    if why:
+        click.echo(f"settings: {why}")
+    if needs:
+        _show_needs(needs, None if elsewhere else free, short)
     click.echo("\ntraining:")
     names = ("adapter", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps")
     for name in (*names, "max_length"):
         click.echo(f"  {name}: {getattr(best, name)}")
     click.echo(f"  gradient_checkpointing: {str(best.gradient_checkpointing).lower()}")
+
+
+def _show_needs(needs: "tuple[StageNeed, ...]", free: "FreeSpace | None", short: list[str]) -> None:
+    click.echo("\nstages of a run:")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("  stage", "disk", "memory", ""):
+        table.add_column(heading)
+    for one in needs:
+        memory = f"{one.memory / 1e9:.1f} GB{' (GPU)' if one.device == 'gpu' else ''}"
+        table.add_row(f"  {one.stage}", f"{one.disk / 1e9:.1f} GB", memory, one.formula)
+    Console(width=UNLIMITED).print(table)
+    for problem in short:
+        click.secho(f"Warning: {problem}", fg="yellow")
+    if free is not None and not short:
+        click.echo(f"that suffices: {free.disk / 1e9:.0f} GB of disk and {free.memory / 1e9:.0f} GB of memory are free")
 
 
 def _option_json(option: "PlannedTraining") -> dict[str, object]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_FORM = 1  # number of the form of the folders; those of an earlier one are not used
+_FORM = 2  # number of the form of the folders; those of an earlier one are not used
 _PROBLEM = "problem.txt"
 _SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Special tokens by their names in transformers, with their names in a GGUF."""
@@ -95,6 +95,7 @@ def dequantize_here(gguf: Path, folder: Path) -> None:
 
 class _Metadata(NamedTuple):
     architecture: str
+    tokenizer: tuple[str, str]  # llama.cpp's kind and its pre-tokenizer, such as gpt2 and smollm
     special: dict[str, int]
     ends: list[int]
     dtype: str
@@ -187,8 +188,10 @@ def _read_metadata(gguf: Path) -> _Metadata:
         if (id := _value(reader, f"tokenizer.ggml.{key}_token_id")) is not None
     }
     ends = [_value(reader, f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+    kind, pre = (str(_value(reader, f"tokenizer.ggml.{key}") or "") for key in ("model", "pre"))
     return _Metadata(
         architecture,
+        (kind, pre),
         special,
         list(dict.fromkeys(id for id in ends if id is not None)),
         "float32" if "F32" in matrices else "bfloat16" if "BF16" in matrices else "float16",
@@ -215,7 +218,30 @@ def _tokenizer(gguf: Path, metadata: _Metadata) -> "PreTrainedTokenizerBase":
     for name in _SPECIAL_TOKENS:  # transformers takes the one with the lowest id for several of them
         id = metadata.special.get(name)
         setattr(tokenizer, f"{name}_token", None if id is None else tokenizer.convert_ids_to_tokens(id))
+    kind, pre = metadata.tokenizer
+    if kind == "gpt2":
+        _make_byte_level(tokenizer, pre)
     return tokenizer
+
+
+def _make_byte_level(tokenizer: "PreTrainedTokenizerBase", pre: str) -> None:
+    """Correct a byte-level tokenizer that transformers read as one of a Llama with SentencePiece.
+
+    With the byte fallback of SentencePiece, llama.cpp's converter would write a vocabulary of that kind, with which
+    llama.cpp ends the process at the first text.
+    """
+    from tokenizers import decoders, pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    model = backend.model
+    if not getattr(model, "byte_fallback", False):
+        return
+    model.byte_fallback = model.fuse_unk = False
+    backend.model = model
+    backend.decoder = decoders.ByteLevel()
+    if pre == "smollm":  # the converter recognizes it by how it splits digits
+        split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(split)
 
 
 def _compare_tokens(gguf: Path, tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -61,7 +61,9 @@ def with_chosen(settings: TrainingSettings, base_model: str, examples: int) -> t
         raise TrainingError(f"training: auto has to know the size of the base model; set {needed}: {error}") from error
     chosen = choose_settings(examples, architecture.parameters)
     values = {name: getattr(chosen, name) for name in CHOSEN if name in free}
-    named = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    named = ", ".join(
+        f"{name} {str(value).lower() if isinstance(value, bool) else f'{value:g}'}" for name, value in values.items()
+    )
     return fixed.model_copy(update=values), f"{named}, chosen by auto {chosen.reason}"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from finetune_pipeline.wording import counted
 
-CHOSEN = ("learning_rate", "num_train_epochs")
+CHOSEN = ("learning_rate", "num_train_epochs", "load_best_model_at_end")
 """Settings of training that auto chooses where they are not set. It chooses curation.replay_ratio too."""
 
 
@@ -35,6 +35,8 @@ class DataRow:
     Attributes:
         up_to: the row holds for at most so many training examples, without replay.
         epochs: passes over the data.
+        keep_best: keep the weights with the lowest validation loss. Its set has a tenth of the examples: on five of
+            them the loss is lowest by chance, early in the training.
         replay_ratio: replay examples for each training example.
         reason: why so many epochs, for people.
         replay_reason: why so much replay.
@@ -42,6 +44,7 @@ class DataRow:
 
     up_to: float
     epochs: float
+    keep_best: bool
     replay_ratio: float
     reason: str
     replay_reason: str
@@ -52,14 +55,23 @@ SIZES = (
     SizeRow(500e6, 5e-4, 0.5, "a model below 500 million parameters learns from fewer passes at a lower rate"),
     SizeRow(float("inf"), 2e-4, 0.5, "the usual rate for LoRA on larger models, which learn from few passes"),
 )
-_HALF = "as much as there is new, against forgetting"
+_AS_MUCH = "as much as there is new, against forgetting"
 DATA = (
-    DataRow(30, 16, 4, "so few examples make few updates", "many passes over little data forget much"),
-    DataRow(80, 10, 2, "few examples make few updates", "many passes over little data forget much"),
-    DataRow(200, 6, 1, "as many updates as with more data", _HALF),
-    DataRow(1_000, 4, 1, "enough examples for a few epochs", _HALF),
-    DataRow(10_000, 3, 1, "TRL's default number of epochs", _HALF),
-    DataRow(float("inf"), 1, 0.2, "more passes take long and gain little", "one pass forgets little"),
+    DataRow(
+        30,
+        16,
+        False,
+        2,
+        "so few examples make few updates, and validate too little to choose weights",
+        "many passes over so little data forget more",
+    ),
+    DataRow(80, 12, False, 1, "few examples make few updates, and validate too little to choose weights", _AS_MUCH),
+    DataRow(
+        200, 8, False, 1, "as many updates as with more data, and too little validation to choose weights", _AS_MUCH
+    ),
+    DataRow(1_000, 4, True, 1, "enough examples for a few epochs", _AS_MUCH),
+    DataRow(10_000, 3, True, 1, "TRL's default number of epochs", _AS_MUCH),
+    DataRow(float("inf"), 1, True, 0.2, "more passes take long and gain little", "one pass forgets little"),
 )
 
 
@@ -68,12 +80,13 @@ class AutoSettings:
     """Settings of training for an amount of data and a size of model, and why.
 
     Attributes:
-        learning_rate, num_train_epochs: of TrainingSettings.
+        learning_rate, num_train_epochs, load_best_model_at_end: of TrainingSettings.
         reason: one line, for people.
     """
 
     learning_rate: float
     num_train_epochs: float
+    load_best_model_at_end: bool
     reason: str
 
 
@@ -88,6 +101,7 @@ def choose_settings(examples: int, parameters: int) -> AutoSettings:
     return AutoSettings(
         size.learning_rate,
         max(1.0, data.epochs * size.passes),
+        data.keep_best,
         f"for {counted(examples, 'example')} and {parameters / 1e6:,.0f} million parameters: {size.reason}; "
         f"{data.reason}",
     )

@@ -28,6 +28,10 @@ HEAP_COPIES = 5.2
 """Freed blocks that glibc's heap keeps on a CPU, in multiples of a feed-forward layer's width for each token and layer,
 with gradient checkpointing or without. Measured; with MALLOC_MMAP_THRESHOLD_=1048576 in the environment most of them
 vanish, at the cost of time."""
+START_SECONDS = 10
+"""Of a training process before its first update: imports, model, tokenizing. Measured on two idle CPU cores."""
+UPDATE_SECONDS = 0.1
+"""Of an update beyond its arithmetic, which counts with tiny models and batches. Measured on two idle CPU cores."""
 ERROR = 0.2
 """Error of the estimate: a run that exceeds the memory by less is not refused."""
 
@@ -123,7 +127,7 @@ def estimate_memory(
 def _base_weights(
     architecture: Architecture, settings: TrainingSettings, device: Device, bf16: bool, shards: int
 ) -> MemoryPart:
-    size = 2 if device == "gpu" and bf16 else 4
+    size = 2 if bf16 else 4
     if settings.adapter == "qlora":
         others = architecture.parameters - architecture.linear
         # PEFT's preparation of a 4-bit model casts everything that is not in 4 bits to float32.
@@ -219,7 +223,7 @@ def count_flops(architecture: Architecture, settings: TrainingSettings, tokens: 
 def estimate_time(
     architecture: Architecture, settings: TrainingSettings, *, examples: int, tokens: int, rate: float, source: str
 ) -> TimeEstimate:
-    """Estimate how long a training run takes, without its start and its validations.
+    """Estimate how long a training run takes, without its validations.
 
     Args:
         settings: with a preset already applied.
@@ -229,11 +233,14 @@ def estimate_time(
     """
     trained = math.ceil(settings.num_train_epochs * examples) * tokens
     work = count_flops(architecture, settings, trained, tokens)
+    update = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    updates = math.ceil(settings.num_train_epochs * math.ceil(examples / update))
     return TimeEstimate(
-        work / rate,
+        START_SECONDS + updates * UPDATE_SECONDS + work / rate,
         f"{settings.num_train_epochs:g} epochs x {examples:,} examples x {tokens:,} tokens, {work:.2g} operations "
         f"({FLOPS_PER_WEIGHT[settings.gradient_checkpointing]} for each weight and token, and attention), at "
-        f"{rate / 1e12:.3g} TFLOP/s: {source}",
+        f"{rate / 1e12:.3g} TFLOP/s: {source}; {START_SECONDS} s to start, and {UPDATE_SECONDS:g} s for each of "
+        f"{updates:,} updates",
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune_pipeline.inference.threads import available_cores
 from finetune_pipeline.training.estimate import CONTEXT_BYTES, PROCESS_BYTES
-from finetune_pipeline.training.presets import ASSUMED_UTILIZATION, Machine
+from finetune_pipeline.training.presets import ASSUMED_UTILIZATION, SMALL_BATCH, Machine
 
 _CGROUP_MEMORY = (  # limit and usage, in versions 2 and 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -22,9 +22,10 @@ def this_machine() -> Machine:
     import torch
 
     gpu = torch.cuda.is_available()
-    bf16 = gpu and torch.cuda.is_bf16_supported()
+    bf16 = bf16_is_faster(SMALL_BATCH)
     size = 8192 if gpu else 1024
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    # On a CPU training is far from the peak in bfloat16: a multiple of the rate in float32 says more.
+    dtype = torch.bfloat16 if gpu and bf16 else torch.float32
     matrix = torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=dtype)
     # On a CPU, one thread's processor time: other programs on the cores make a run's wall time several times as long,
     # and several threads would count the time for which they wait for each other.
@@ -40,23 +41,43 @@ def this_machine() -> Machine:
         fastest = min(fastest, clock() - began)
     torch.set_num_threads(threads)
     peak = 2 * size**3 / fastest * (1 if gpu else threads)
+    kind = "bfloat16" if gpu and bf16 else "float32"
     return Machine(
         device="gpu" if gpu else "cpu",
         bytes=available_memory() + (CONTEXT_BYTES if gpu else PROCESS_BYTES),  # this process already uses that part
         bf16=bf16,
         rate=ASSUMED_UTILIZATION * peak,
-        source=f"{ASSUMED_UTILIZATION:.0%} (assumed) of the {peak / 1e12:.3g} that {'bfloat16' if bf16 else 'float32'} "
+        source=f"{ASSUMED_UTILIZATION:.0%} (assumed) of the {peak / 1e12:.3g} that {kind} "
         f"matrix products reach here (measured{'' if gpu else ' by processor time, as on idle cores'})",
     )
 
 
-def available_memory() -> int:
-    """Return the free bytes of the GPU or, without one, of main memory: in a container, what its limit leaves."""
-    import psutil
+def bf16_is_faster(batch_size: int) -> bool:
+    """Return whether bfloat16 is faster here: on GPUs that have it, and on CPUs with instructions for it.
+
+    On a CPU the batch must be large enough to pay for the casts.
+    """
     import torch
 
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+        return bool(torch.cuda.is_bf16_supported())
+    if batch_size < SMALL_BATCH or not Path("/proc/cpuinfo").exists():
+        return False
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return bool(flags & {"amx_bf16", "avx512_bf16"})
+
+
+def available_memory() -> int:
+    """Return the free bytes of the GPU or, without one, of main memory: in a container, what its limit leaves."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else main_memory()
+
+
+def main_memory() -> int:
+    """Return the free bytes of main memory: in a container, what its limit leaves. Loads no torch."""
+    import psutil
+
     available = int(psutil.virtual_memory().available)
     for limit, usage in _CGROUP_MEMORY:
         try:

@@ -22,6 +22,7 @@ from finetune_pipeline.training.callbacks import (
     ValidationCallback,
 )
 from finetune_pipeline.training.checkpoints import last_complete, step_of
+from finetune_pipeline.training.hardware import bf16_is_faster
 from finetune_pipeline.training.job import (
     CHECKPOINTS,
     JobConfig,
@@ -42,7 +43,6 @@ from finetune_pipeline.training.memory import (
 )
 from finetune_pipeline.training.model import (
     adapter_arguments,
-    bf16_is_faster,
     cast_adapter_to_float32,
     gather_trained_weights,
     load_model,
@@ -165,7 +165,7 @@ def _train(
     with _settings_named(settings, lambda: alone and trainer.state.global_step <= first), suppress(NoStepsLeft):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - began
-    best_step = _load_best(trainer)
+    best_step = _load_best(trainer) if settings.load_best_model_at_end else trainer.state.global_step
     loss_after = mean_loss(trainer, data.validation)
     state = trainer.state
     check_finite(loss_after, state.global_step)

@@ -18,7 +18,7 @@ from finetune_pipeline.pipeline.train import (
     training_of,
     with_chosen,
 )
-from finetune_pipeline.training.auto_settings import choose_replay, choose_settings
+from finetune_pipeline.training.auto_settings import CHOSEN, choose_replay, choose_settings
 from finetune_pipeline.training.job import Progress, TrainingError
 from finetune_pipeline_tests.conftest import feedback, interaction, uid
 
@@ -115,7 +115,7 @@ def test_auto_chooses_settings_and_replay_and_records_the_reasons(make_loop, tmp
     rows = [{"prompt": f"old {number}", "completion": "yes"} for number in range(60)]
     (tmp_path / "replay.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curation = {"min_examples": 1, "validation_fraction": 0.0, "replay": str(tmp_path / "replay.jsonl")}
-    training = {"auto": True, "num_train_epochs": 1, "max_length": 128}
+    training = {"auto": True, "num_train_epochs": 1, "max_length": 128, "load_best_model_at_end": True}
     loop = make_loop(training=training, curation=curation)
     held = dataset(loop, bad=())
     ratio, why = choose_replay(held.manifest.desirable)
@@ -135,14 +135,15 @@ def test_auto_leaves_alone_what_is_set(make_loop):
     for training in ({}, {"auto": False}):
         settings, why = with_chosen(make_loop(training=training, curation=curation).training, "missing", 10)
         assert (settings.learning_rate, why) == (2e-4, "")
-    both = make_loop(training={"auto": True, "learning_rate": 1e-3, "num_train_epochs": 2}, curation=curation)
+    fixed = {"learning_rate": 1e-3, "num_train_epochs": 2, "load_best_model_at_end": True}
+    both = make_loop(training={"auto": True, **fixed}, curation=curation)
     assert with_chosen(both.training, "missing", 10)[1] == "" and not build_dataset.replay_is_chosen(both)
     kto, why = with_chosen(make_loop(training={"auto": True, "method": "kto"}).training, "missing", 10)
     assert kto.num_train_epochs == 3 and why.startswith("auto chooses nothing for kto")
 
 
 def test_auto_needs_the_size_of_the_base_model(make_loop):
-    loop = make_loop(training={"auto": True, "learning_rate": 1e-3})
+    loop = make_loop(training={"auto": True, "learning_rate": 1e-3, "load_best_model_at_end": True})
     with pytest.raises(
         TrainingError, match=r"training: auto has to know .* set training\.num_train_epochs: nobody/none"
     ):
@@ -151,10 +152,11 @@ def test_auto_needs_the_size_of_the_base_model(make_loop):
 
 def test_auto_stands_alone_or_among_other_settings(make_loop):
     assert make_loop(training="auto").training == make_loop(training={"auto": True}).training
-    assert left_to_auto(make_loop(training="auto")) == {"learning_rate", "num_train_epochs"}
-    assert left_to_auto(make_loop(training={"auto": True, "learning_rate": 1e-3})) == {"num_train_epochs"}
+    assert left_to_auto(make_loop(training="auto")) == {*CHOSEN}
+    assert left_to_auto(make_loop(training={"auto": True, "learning_rate": 1e-3})) == {*CHOSEN} - {"learning_rate"}
     loop = make_loop(training="auto")
-    given = {**loop.training.model_dump(), "learning_rate": None, "num_train_epochs": None, "seed": 3}
+    given = {**loop.training.model_dump(), **dict.fromkeys(CHOSEN), "seed": 3}
     settings = settings_of_run(loop, given)  # as the launchpad gives them
     chosen, why = with_chosen(settings, loop.base_model, 50)
     assert chosen.num_train_epochs == choose_settings(50, 3_370_000).num_train_epochs and chosen.seed == 3 and why
+    assert not chosen.load_best_model_at_end and "load_best_model_at_end false" in why

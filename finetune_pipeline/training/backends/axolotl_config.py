@@ -162,7 +162,7 @@ def configuration(job: JobConfig, examples: int, checkpoint: Path | None, gpu: b
         "eval_steps": steps_of(settings.save_steps, steps),
         "save_total_limit": 2,
         # Axolotl's default for SFT; for DPO and KTO it cannot.
-        "load_best_model_at_end": settings.method == "sft",
+        "load_best_model_at_end": settings.method == "sft" and settings.load_best_model_at_end,
         "early_stopping_patience": settings.early_stopping_patience,
         "resume_from_checkpoint": str(checkpoint) if checkpoint else None,
         **{f"use_{name}": True for name in settings.report_to},
