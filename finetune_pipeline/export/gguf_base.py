@@ -220,11 +220,11 @@ def _tokenizer(gguf: Path, metadata: _Metadata) -> "PreTrainedTokenizerBase":
         setattr(tokenizer, f"{name}_token", None if id is None else tokenizer.convert_ids_to_tokens(id))
     kind, pre = metadata.tokenizer
     if kind == "gpt2":
-        _make_byte_level(tokenizer, pre)
+        make_byte_level(tokenizer, pre)
     return tokenizer
 
 
-def _make_byte_level(tokenizer: "PreTrainedTokenizerBase", pre: str) -> None:
+def make_byte_level(tokenizer: "PreTrainedTokenizerBase", pre: str) -> None:
     """Correct a byte-level tokenizer that transformers read as one of a Llama with SentencePiece.
 
     With the byte fallback of SentencePiece, llama.cpp's converter would write a vocabulary of that kind, with which

@@ -5,13 +5,16 @@ import json
 import gguf
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune_pipeline.export.base import base_stamp, local_tokenizer, resolve_base_model
-from finetune_pipeline.export.gguf_base import dequantize_here, is_gguf
+from finetune_pipeline.export.base_check import check_vocabulary
+from finetune_pipeline.export.gguf_base import dequantize_here, is_gguf, make_byte_level
 from finetune_pipeline.export.model import export
 from finetune_pipeline.export.process import ExportError
-from finetune_pipeline.settings import home
+from finetune_pipeline.pipeline.demo_loop import smollm2_gguf
+from finetune_pipeline.settings import SettingsError, home
 from finetune_pipeline.training.base_model import check_base_model
 
 from ..training.conftest import STARTER
@@ -123,3 +126,30 @@ def test_a_file_that_is_no_gguf_is_rejected(tmp_path):
         resolve_base_model(str(path))
     with pytest.raises(ExportError, match=r"base_model: the file .*gone\.gguf does not exist"):
         resolve_base_model("models/gone.gguf")
+
+
+def test_a_byte_level_tokenizer_is_not_taken_for_one_of_sentencepiece(tmp_path):
+    """transformers reads the tokenizer of every llama GGUF with SentencePiece's byte fallback."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {piece: number for number, piece in enumerate(["<unk>", *sorted(alphabet), "1Ġ", "12"])}
+    model = models.BPE(vocabulary, [("1", "2")], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    make_byte_level(tokenizer, "smollm")
+    text = "für 12 Türen…"
+    pieces = tokenizer.tokenize(text)
+    assert "12" not in pieces and tokenizer.decode(tokenizer(text).input_ids) == text
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert not saved["model"]["byte_fallback"]  # from which llama.cpp's converter concludes that it is SentencePiece's
+
+
+@pytest.mark.slow
+def test_smollm2_is_read_so_that_its_vocabulary_can_be_converted():
+    try:
+        given = smollm2_gguf()
+    except SettingsError as error:
+        pytest.skip(str(error))
+    assert check_vocabulary(resolve_base_model(str(given)), "Answer in JSON.", ["12 walls, 3.5 m; für Türen"]) == []
