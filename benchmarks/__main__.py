@@ -16,6 +16,7 @@ loop            the complete loop on the sample logs for three seeds: time, memo
 methods         SFT, DPO and KTO on the sample logs, and with few desirable completions (about half an hour)
 memory          estimated and measured peak memory of training on a CPU
 parallel_decoding  parallel decoding compared with llama-cpp-python one at a time, and llama-server (10 minutes)
+real            SNIPS's intents and slots on SmolLM2, compared with TRL's recipe (hours; skipped without the data)
 setup           a new clone set up with an empty and with a filled package cache (about 10 minutes)
 store           recording events, and other libraries; a million interactions (about 3 minutes)
 training        tokens per second and validation loss in bfloat16 and float32, compared with plain TRL
@@ -43,6 +44,7 @@ from benchmarks import (
     memory,
     methods,
     parallel_decoding,
+    real,
     setup,
     store,
     training,
@@ -51,10 +53,10 @@ from benchmarks import (
 
 MODULES = (
     adapter_swap, burn_in, code, console, constrained, curation, definitions, engine_threads, few_examples, gateway,
-    gateway_peers, llama_server, loop, memory, methods, parallel_decoding, setup, store, training, vault,
+    gateway_peers, llama_server, loop, memory, methods, parallel_decoding, real, setup, store, training, vault,
 )  # fmt: skip
 BENCHMARKS = {module.__name__.removeprefix("benchmarks."): module.main for module in MODULES}
-SLOW = {"burn_in", "console", "few_examples", "gateway_peers", "methods", "parallel_decoding", "setup"}
+SLOW = {"burn_in", "console", "few_examples", "gateway_peers", "methods", "parallel_decoding", "real", "setup"}
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             print(f"{model} is skipped: {error}")
             continue
         examples = _examples(read_loop(DEFAULT))
-        bases[model] = _measured_once(home() / "benchmarks" / "few_examples" / f"base-{model}", partial(_measure, loop))
+        bases[model] = measured_once(home() / "benchmarks" / "few_examples" / f"base-{model}", partial(_measure, loop))
         print(model, "base", bases[model], flush=True)
         for amount in given.amounts or AMOUNTS[model]:
             for seed in SEEDS[model][: given.seeds]:
@@ -144,7 +144,7 @@ def _run(loop: LoopSettings, examples: Sequence[Example], case: Case) -> dict[st
     folder = home() / "benchmarks" / "few_examples"
     drawn = _drawn(loop, examples, case)
     dataset = folder / f"data-{case.model}-{case.amount}-{case.seed}-{'auto' if auto else 'fixed'}"
-    held = _measured_once(dataset, lambda: _write_dataset(loop, drawn, dataset, auto))
+    held = measured_once(dataset, lambda: _write_dataset(loop, drawn, dataset, auto))
     settings = loop.training.model_copy(update={"seed": case.seed})
     why = ""
     if auto:
@@ -154,12 +154,12 @@ def _run(loop: LoopSettings, examples: Sequence[Example], case: Case) -> dict[st
     shaping = settings.model_dump(mode="json", exclude={"auto"})
     kept = "best" if settings.load_best_model_at_end else "last"
     output = folder / f"run-{case.model}-{case.amount}-{case.seed}-{hash_of([shaping, held])[:12]}"
-    measured = _measured_once(output, lambda: _train(loop, settings, dataset, output))
+    measured = measured_once(output, lambda: _train(loop, settings, dataset, output))
     chosen = {"learning_rate": settings.learning_rate, "epochs": settings.num_train_epochs, "weights": kept}
     return {**vars(case), **held, **chosen, "reason": why, **measured}
 
 
-def _measured_once(folder: Path, measure: Any) -> dict[str, Any]:
+def measured_once(folder: Path, measure: Any) -> dict[str, Any]:
     """Return what is measured in a folder, from its file if that was done before."""
     path = folder / "measured.json"
     if not path.exists():
