@@ -119,21 +119,19 @@ def utterances(part: str, count: int, without: set[str] | frozenset[str] = froze
 
 
 def _row(intent: str, pieces: list[dict[str, str]]) -> Row:
-    slots: dict[str, Any] = {}
+    slots: dict[str, str] = {}
     for piece in pieces:
         if "entity" in piece:
-            slots.setdefault(piece["entity"], []).append(piece["text"].strip())
-    single = {name: values[0] if len(values) == 1 else values for name, values in slots.items()}
+            name, text = piece["entity"], " ".join(piece["text"].split())
+            slots[name] = f"{slots[name]}, {text}" if name in slots else text
     prompt = " ".join("".join(piece["text"] for piece in pieces).split())
-    return {"prompt": prompt, "answer": {"intent": intent, "slots": single}}
+    return {"prompt": prompt, "answer": {"intent": intent, "slots": slots}}
 
 
 def schema_of(rows: Sequence[Row]) -> Schema:
     """Return the JSON Schema of the answers: the intents and names of slots that occur."""
-    text = {"type": "string", "maxLength": 100}
-    value = {"anyOf": [text, {"type": "array", "items": text, "minItems": 2, "maxItems": 5}]}
     names = sorted({name for row in rows for name in row["answer"]["slots"]})
-    slots = {"type": "object", "properties": dict.fromkeys(names, value), "additionalProperties": False}
+    slots = {"type": "object", "properties": dict.fromkeys(names, {"type": "string"}), "additionalProperties": False}
     intents = sorted({row["answer"]["intent"] for row in rows})
     return {
         "type": "object",
