@@ -131,7 +131,11 @@ def _row(intent: str, pieces: list[dict[str, str]]) -> Row:
 def schema_of(rows: Sequence[Row]) -> Schema:
     """Return the JSON Schema of the answers: the intents and names of slots that occur."""
     names = sorted({name for row in rows for name in row["answer"]["slots"]})
-    slots = {"type": "object", "properties": dict.fromkeys(names, {"type": "string"}), "additionalProperties": False}
+    slots = {
+        "type": "object",
+        "properties": {name: {"type": "string"} for name in names},
+        "additionalProperties": False,
+    }
     intents = sorted({row["answer"]["intent"] for row in rows})
     return {
         "type": "object",
