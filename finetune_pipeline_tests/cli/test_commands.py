@@ -378,7 +378,7 @@ def test_a_comparison_is_of_the_base_and_the_named_model(two_versions, monkeypat
 
 def test_doctor_finds_this_machine_able():
     said = run("doctor")
-    names = ["python", "C++ compiler", "llama.cpp, quantized", "GGUF converter", "GPU", "training: peft"]
+    names = ["python", "C++ compiler", "llama.cpp, quantized", "GGUF converter", "GPU", "training: peft", f"room for {LOOP}"]
     assert [name for name in names if name not in said] == []
     assert "FAIL" not in said
 
@@ -454,6 +454,8 @@ def test_a_plan_says_what_fits_how_it_was_estimated_and_what_to_write():
     here = run("train", "plan", "--examples", "100")  # there is one loop
     assert "matrix products reach here (measured" in here
     assert "examples: 100 (--examples)" in here
+    assert all(stage in here for stage in ("  training", "  merge", "  F16", "  quantization", "  serving"))
+    assert "that suffices: " in here and "stages of a run" not in output  # which has no loop
     assert "  per_device_train_batch_size: 24" in here  # the loop's own
 
 
