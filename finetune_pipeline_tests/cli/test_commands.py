@@ -378,7 +378,15 @@ def test_a_comparison_is_of_the_base_and_the_named_model(two_versions, monkeypat
 
 def test_doctor_finds_this_machine_able():
     said = run("doctor")
-    names = ["python", "C++ compiler", "llama.cpp, quantized", "GGUF converter", "GPU", "training: peft", f"room for {LOOP}"]
+    names = [
+        "python",
+        "C++ compiler",
+        "llama.cpp, quantized",
+        "GGUF converter",
+        "GPU",
+        "training: peft",
+        f"room for {LOOP}",
+    ]
     assert [name for name in names if name not in said] == []
     assert "FAIL" not in said
 
