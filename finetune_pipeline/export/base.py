@@ -1,6 +1,8 @@
 """The folder of a base model, and the hash of its weights, configuration and tokenizer."""
 
 import hashlib
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,11 @@ from finetune_pipeline.wording import first_line
 CONFIG_FILES = ("config.json", "generation_config.json")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _METADATA_BYTES = 100_000
+_QUANTIZED_NAME = re.compile(r"[-_.](bnb[-_.]?[48]bit|[48]bit|gptq|awq|int[48])(?=$|[-_.])", re.IGNORECASE)
+_ORIGINAL = (
+    "set base_model to the model that it was made from (its name without that ending), and training.adapter: qlora to "
+    "train with its weights in 4 bits"
+)
 
 
 def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_FILES, *TOKENIZER_FILES)) -> Path:
@@ -26,11 +33,12 @@ def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_F
         files: patterns of the files to download.
 
     Raises:
-        ExportError: the folder does not exist, the GGUF cannot be used, or the model is not in the cache and cannot be
-            downloaded.
+        ExportError: the folder does not exist, the GGUF cannot be used, the weights are quantized, or the model is not
+            in the cache and cannot be downloaded.
     """
     folder = project_path(name)
     if folder.is_dir():
+        _refuse_quantized(name, folder)
         return folder
     if is_gguf(folder):
         return dequantized(folder)
@@ -40,7 +48,10 @@ def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_F
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
+        if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            # The configuration alone, which says whether the weights can be used, before gigabytes of them.
+            _refuse_quantized(name, Path(huggingface_hub.snapshot_download(name, allow_patterns=[*CONFIG_FILES])))
+        downloaded = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = f"{type(error).__name__}: {first_line(str(error))}"
         raise ExportError(
@@ -48,6 +59,8 @@ def resolve_base_model(name: str, files: tuple[str, ...] = (*_WEIGHTS, *CONFIG_F
             f"be downloaded from Hugging Face ({reason}). Connect to the network once and "
             "run again, log in with `hf auth login` if the model is gated, or set base_model to a folder"
         ) from error
+    _refuse_quantized(name, downloaded)
+    return downloaded
 
 
 def _check_is_id(name: str, folder: Path) -> None:
@@ -58,13 +71,36 @@ def _check_is_id(name: str, folder: Path) -> None:
     if is_path or name.endswith(".gguf"):
         what = "file" if name.endswith(".gguf") else "folder"
         raise ExportError(f"base_model: the {what} {folder} does not exist; correct it")
+    quantized = _QUANTIZED_NAME.search(name)
+    if quantized:
+        raise ExportError(
+            f"base_model: {name} has quantized weights by its name ({quantized[0].lstrip('-_.')}), and nothing was "
+            f"downloaded. An adapter has to be merged into full precision: {_ORIGINAL}"
+        )
+
+
+def _refuse_quantized(name: str, folder: Path) -> None:
+    """Raise an error if the weights in a folder are quantized, by its config.json."""
+    config = folder / "config.json"
+    try:
+        found = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
+    except (OSError, ValueError, AttributeError):  # `check_base_model` says what is wrong with the file
+        return
+    if isinstance(found, dict):
+        method = found.get("quant_method") or "an unnamed method"
+        bits = "4-bit " if found.get("load_in_4bit") else "8-bit " if found.get("load_in_8bit") else ""
+        raise ExportError(
+            f"base_model: the weights of {name} are quantized ({bits}{method}, by {config}). An adapter has to be "
+            f"merged into full precision: {_ORIGINAL}"
+        )
 
 
 def check_base_name(name: str) -> None:
     """Check the name of a base model, as far as that is possible without downloading or dequantizing anything.
 
     Raises:
-        ExportError: it is neither the folder or GGUF of a model nor the form of a Hugging Face id.
+        ExportError: it is neither the folder or GGUF of a model nor the form of a Hugging Face id, or its weights are
+            quantized.
     """
     folder = project_path(name)
     if is_gguf(folder):
@@ -73,6 +109,8 @@ def check_base_name(name: str) -> None:
         _check_is_id(name, folder)
     elif not (folder / "config.json").is_file():
         raise ExportError(f"base_model: the folder {folder} has no config.json, so it is no base model; correct it")
+    else:
+        _refuse_quantized(name, folder)
 
 
 def dequantized_base(name: str) -> str:
