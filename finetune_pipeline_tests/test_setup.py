@@ -14,7 +14,10 @@ echo "$*" >> log
 case "$*" in
   *"pip download"*)
     folder=$(echo "$*" | sed 's/.* -d \\([^ ]*\\) .*/\\1/')
-    mkdir -p "$folder/llama_cpp_python-0/vendor/llama.cpp"/{conversion,gguf-py}
+    mkdir -p "$folder/llama_cpp_python-0/vendor/llama.cpp"/{conversion,gguf-py,models/templates}
+    for name in ggml-vocab-{llama-bpe,llama-spm,phi-3,qwen2,gpt-2}.gguf templates/a.jinja; do
+      touch "$folder/llama_cpp_python-0/vendor/llama.cpp/models/$name"
+    done
     touch "$folder/llama_cpp_python-0/vendor/llama.cpp"/{LICENSE,convert_hf_to_gguf.py,convert_lora_to_gguf.py}
     echo '    set(LLAMA_BUILD_COMMON ON CACHE BOOL "" FORCE)' > "$folder/llama_cpp_python-0/CMakeLists.txt"
     tar -czf "$folder/llama_cpp_python-0.tar.gz" -C "$folder" llama_cpp_python-0
@@ -92,9 +95,22 @@ def test_llama_cpp_is_compiled_without_its_command_line_programs_and_its_convert
         "LICENSE",
         "conversion",
         "gguf-py",
+        "models",
         "convert_hf_to_gguf.py",
         "convert_lora_to_gguf.py",
     }
+
+
+def test_the_files_of_model_families_are_taken_without_compiling_again(clone):
+    assert compiles(clone) == (True, 0)
+    models = clone / ".venv" / "share" / "llama.cpp" / "models"
+    taken = {path.relative_to(models).as_posix() for path in models.rglob("*") if path.is_file()}
+    names = ("llama-bpe", "llama-spm", "phi-3", "qwen2")
+    assert taken == {*(f"ggml-vocab-{name}.gguf" for name in names), "templates/a.jinja"}
+    shutil.rmtree(models)  # as set up by an earlier version
+    assert compiles(clone) == (False, 0)
+    assert {path.relative_to(models).as_posix() for path in models.rglob("*") if path.is_file()} == taken
+    assert compiles(clone) == (False, 0) and "pip download" not in (clone / "log").read_text()
 
 
 @pytest.mark.parametrize("uv", [True, False])

@@ -35,17 +35,33 @@ pinned() { sed -n "s/^$1==//p" constraints.txt; }
 llama=$(pinned llama_cpp_python)
 build="$llama $CMAKE_ARGS"
 compiling=
-if [ "$(cat $VENV/share/llama.cpp/BUILD 2>/dev/null)" != "$build" ]; then
-  say "llama.cpp (llama-cpp-python $llama) compiles in the background, which takes some minutes"
-  rm -f $VENV/share/llama.cpp/BUILD  # the build is complete only at the end of this script
+fetch_source() {
   source=$(mktemp -d)
   trap 'kill $compiling 2>/dev/null || true; rm -rf "$source"' EXIT
   pip download -q --no-deps --no-binary llama_cpp_python -d "$source" "llama_cpp_python==$llama"
   tar -xzf "$source"/llama_cpp_python-*.tar.gz -C "$source"
+}
+# Tokenizers (without weights) and chat templates of model families, which the tests read.
+take_families() {
+  rm -rf $VENV/share/llama.cpp/models
+  mkdir -p $VENV/share/llama.cpp/models/templates
+  for name in llama-bpe llama-spm phi-3 qwen2; do
+    cp "$source"/llama_cpp_python-*/vendor/llama.cpp/models/ggml-vocab-$name.gguf $VENV/share/llama.cpp/models/
+  done
+  cp "$source"/llama_cpp_python-*/vendor/llama.cpp/models/templates/*.jinja $VENV/share/llama.cpp/models/templates/
+}
+if [ "$(cat $VENV/share/llama.cpp/BUILD 2>/dev/null)" != "$build" ]; then
+  say "llama.cpp (llama-cpp-python $llama) compiles in the background, which takes some minutes"
+  rm -f $VENV/share/llama.cpp/BUILD  # the build is complete only at the end of this script
+  fetch_source
   # The library of llama.cpp's command-line programs takes long to compile, and the wheel does not contain it.
   sed -i.bak 's/set(LLAMA_BUILD_COMMON ON/set(LLAMA_BUILD_COMMON OFF/' "$source"/llama_cpp_python-*/CMakeLists.txt
   pip wheel -q --no-deps -w "$source/wheel" "$source"/llama_cpp_python-*/ &
   compiling=$!
+elif [ ! -d $VENV/share/llama.cpp/models/templates ]; then
+  say "tokenizers and chat templates of model families"
+  fetch_source
+  take_families
 fi
 
 say "torch $(pinned torch)"
@@ -70,6 +86,7 @@ if [ -n "$compiling" ]; then
   rm -rf $VENV/share/llama.cpp
   mkdir -p $VENV/share/llama.cpp
   (cd "$source"/llama_cpp_python-*/vendor/llama.cpp && cp -R conversion gguf-py LICENSE convert_hf_to_gguf.py convert_lora_to_gguf.py "$OLDPWD/$VENV/share/llama.cpp/")
+  take_families
   printf '%s\n' "$llama" > $VENV/share/llama.cpp/VERSION
 fi
 with_uv -e '.[console,dev,postgres]' || { say "uv failed; pip installs the packages"; pip install -q -c constraints.txt -e '.[console,dev,postgres]'; }
