@@ -171,10 +171,11 @@ def train(recipe: str, kind: str, rate: str, seed: str, dataset: str) -> dict[st
     """Train once; return its tokens, its time, and the validation loss of the adapter."""
     from transformers import set_seed
 
+    from finetune_pipeline.inference.tokenizer import load_tokenizer
     from finetune_pipeline.settings import load_loop
     from finetune_pipeline.training.conversations import IGNORE_INDEX
     from finetune_pipeline.training.job import JobConfig
-    from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+    from finetune_pipeline.training.tokenized_data import load_data
 
     output = Path(tempfile.mkdtemp(prefix="training-", dir=os.environ["FINETUNE_HOME"]))
     settings = load_loop("aec_parser").training
@@ -197,10 +198,10 @@ def train(recipe: str, kind: str, rate: str, seed: str, dataset: str) -> dict[st
 
 def _ours(job: Any, data: Any) -> tuple[float, float]:
     """Train by this project's trainer; return the wall and CPU seconds of its training loop."""
+    from finetune_pipeline.inference.tokenizer import load_tokenizer
     from finetune_pipeline.training import trainer as own
     from finetune_pipeline.training.hardware import bf16_is_faster
     from finetune_pipeline.training.model import save_adapter
-    from finetune_pipeline.training.tokenized_data import load_tokenizer
 
     bf16 = job.settings.bf16 and bf16_is_faster(job.settings.per_device_train_batch_size)
     steps = own.count_steps(len(data.train), job.settings)

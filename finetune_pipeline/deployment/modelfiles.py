@@ -15,8 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetune_pipeline.deployment.ollama import check_parameters, load_tokenizer, model_parameters
+from finetune_pipeline.deployment.ollama import check_parameters, model_parameters
 from finetune_pipeline.deployment.target import Observed, Release, TargetError, TargetRefused
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.records import Message
 from finetune_pipeline.settings import ModelfilesSettings, UpstreamSettings
 from finetune_pipeline.wording import first_line
@@ -113,7 +114,7 @@ def modelfile(release: Release, weights: str) -> str:
         if '"""' in release.system_prompt:
             raise TargetRefused('the system prompt has """, which would end it in a Modelfile; change system_prompt')
         lines.append(f'SYSTEM """{release.system_prompt}"""')
-    for name, value in model_parameters(release, load_tokenizer(release)).items():
+    for name, value in model_parameters(release, load_tokenizer(release.base_folder)).items():
         for one in value if isinstance(value, list) else [value]:
             text = str(one).lower() if isinstance(one, bool) else str(one)
             lines.append(f'PARAMETER {name} "{text}"' if isinstance(one, str) else f"PARAMETER {name} {text}")

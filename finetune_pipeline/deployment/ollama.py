@@ -23,6 +23,7 @@ from finetune_pipeline.deployment.target import BASE, Observed, Release, TargetE
 from finetune_pipeline.inference.chat_template import tokenizer_chat_template
 from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.inference.protocol import END_TOKENS
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.records import Message
 from finetune_pipeline.settings import OllamaTarget, UpstreamSettings
 from finetune_pipeline.validation_messages import nearest, short_repr
@@ -102,7 +103,7 @@ class Ollama:
                 f"Ollama refuses LoRA adapters since 0.34.1, and {release.name} is a base with an adapter; set "
                 "export.form: merged and train again, or remove the target"
             )
-        tokenizer = load_tokenizer(release)
+        tokenizer = load_tokenizer(release.base_folder)
         parameters = model_parameters(release, tokenizer)
         self._check_server()
         if not self._has(release, parameters):
@@ -438,13 +439,6 @@ def check_parameters(config: Mapping[str, Any]) -> None:
                 expected[-1]
             ]
             raise TargetRefused(f"deploy.config: {name} is {value!r}; Ollama expects {wanted}")
-
-
-def load_tokenizer(release: Release) -> Any:
-    """Return the tokenizer of the base model, in transformers."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(release.base_folder, trust_remote_code=False)
 
 
 def _end_texts(release: Release, tokenizer: Any) -> list[str]:

@@ -22,6 +22,7 @@ from finetune_pipeline.export.special_tokens import FORM, unusable_ends
 from finetune_pipeline.export.tokenizer import gguf_name, stage
 from finetune_pipeline.inference.chat_template import ChatTemplate, tokenizer_chat_template
 from finetune_pipeline.inference.errors import EngineError, RequestRefused
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.manifests import TOKENIZER_FILES
 from finetune_pipeline.records import Message, Turn, chat_messages
 from finetune_pipeline.schemas import Schema
@@ -32,7 +33,7 @@ from finetune_pipeline.wording import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHECKS = 5  # number of what is checked; a result of an earlier one is not used
+_CHECKS = 6  # number of what is checked; a result of an earlier one is not used
 _ANSWER = "answer"
 _LONG = " ".join(map(str, range(1000)))  # a template may cut long messages
 _SHOWN = 3
@@ -112,10 +113,8 @@ def _problems(
     histories: list[list[Message]],
     schema: Schema | None,
 ) -> Iterator[str]:
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        tokenizer = load_tokenizer(base)
     except Exception as error:  # transformers raises anything, also for a damaged file
         reason = f"{type(error).__name__}: {first_line(str(error))}"
         yield f"the tokenizer of {base} cannot be loaded ({reason}); copy the original model's tokenizer files again"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune_pipeline.artifacts import flush, hash_file_cached, wait_for_lock
 from finetune_pipeline.export.process import ExportError, run_step
+from finetune_pipeline.inference.tokenizer import without_unicode_normalization
 from finetune_pipeline.settings import home
 from finetune_pipeline.wording import first_line
 
@@ -209,7 +210,7 @@ def _tokenizer(gguf: Path, metadata: _Metadata) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = without_unicode_normalization(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
     except Exception as error:  # transformers raises anything
         raise _Unusable(
             f"transformers cannot read its tokenizer ({type(error).__name__}: {first_line(str(error))}); set "

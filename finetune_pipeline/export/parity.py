@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from finetune_pipeline.inference.chat_template import NO_REASONING, tokenizer_chat_template
 from finetune_pipeline.inference.errors import RequestRefused
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.records import Message, Turn, chat_messages
 from finetune_pipeline.validation_messages import short_repr
 
@@ -117,9 +118,7 @@ def tokenizer_parity(
         system_prompt: of the loop; empty without one.
         chats: conversations of the loop.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base_folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(base_folder)
     return compare_tokens(tokenizer, engine.encode, parity_conversations(tokenizer, system_prompt, chats))
 
 

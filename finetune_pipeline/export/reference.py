@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_pipeline.export.special_tokens import read_special_tokens
 from finetune_pipeline.inference.chat_template import tokenizer_chat_template
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.records import Message
 
 _BATCH = 32
@@ -35,10 +36,10 @@ def generate_answers(model: Any, base_folder: Path, prompts_file: Path, answers_
         answers_file: the file to write.
     """
     import torch
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     document = json.loads(prompts_file.read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(base_folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(base_folder)
     template = tokenizer_chat_template(tokenizer)  # as in service: a control token in a message is text
     prompts = [template.tokens(chat) for chat in document["chats"]]
     # All special tokens end an answer, since engines differ in which of them they stop at.

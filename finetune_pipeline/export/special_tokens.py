@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_pipeline.inference.chat_template import NO_REASONING, tokenizer_chat_template, used_variables
 from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.inference.protocol import END_TOKENS
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -93,9 +94,7 @@ class SpecialTokens:
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
     """Return the special tokens of a base model in Hugging Face's layout; loads transformers."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     try:
         written: int | None = tokenizer_chat_template(tokenizer).end_token()

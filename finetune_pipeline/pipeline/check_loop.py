@@ -62,6 +62,8 @@ _LOCAL = (FilesSource, VaultSource, CodeSource, DocumentsSource)
 _PROMPTS = 20  # of the benchmark, whose tokens are compared
 _EXAMPLES = 200  # whose roles and lengths are looked at
 _CONTENT = "message"
+_FULL_ATTENTION = ("mistral", "phi3", "qwen2", "qwen3")
+"""Architectures (`model_type`) with a sliding window in transformers and none in llama.cpp."""
 
 
 def check_loop(loop: LoopSettings, *, download: bool = True) -> list[str]:
@@ -141,7 +143,8 @@ def _vocabulary(loop: LoopSettings, *, lengths: bool) -> list[str]:
     """Return what is wrong with the base model's tokenizer and chat template, or else with the examples' lengths."""
     try:
         folder = resolve_base_model(loop.base_model, (*CONFIG_FILES, *TOKENIZER_FILES))
-        return vocabulary_problems(folder, loop) or (_lengths(folder, loop) if lengths else [])
+        problems = vocabulary_problems(folder, loop) or sliding_window_problems(folder, loop)
+        return problems or (_lengths(folder, loop) if lengths else [])
     except ExportError as error:
         return str(error).split("\n")[:1]  # the other lines are the output of a process
 
@@ -166,6 +169,29 @@ def vocabulary_problems(base: Path, loop: LoopSettings | None) -> list[str]:
     roles = sorted({tuple(turn.role for turn in example.history) for example in _stored(loop)})
     histories = [[Turn(role=role, content=_CONTENT) for role in one] for one in roles]
     return check_vocabulary(base, loop.system_prompt, prompts, histories, schema)
+
+
+def sliding_window_problems(folder: Path, loop: LoopSettings) -> list[str]:
+    """Return which lengths exceed a sliding window that training applies and llama.cpp does not."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind, window = config.get("model_type"), config.get("sliding_window")
+    applied = kind in _FULL_ATTENTION and config.get("use_sliding_window", not kind.startswith("qwen"))
+    if not applied or not isinstance(window, int):
+        return []
+    lengths = {
+        "training.max_length": loop.training.max_length,
+        "evaluation.context": loop.evaluation.context,
+        "serving.context": loop.context,
+    }
+    longest = max(lengths.values())
+    if longest <= window:
+        return []
+    named = ", ".join(f"{name} ({length:,})" for name, length in lengths.items() if length > window)
+    return [
+        f"each token of {folder} attends to the last {window:,} tokens in training (sliding_window of its "
+        f"config.json), but to all of them in llama.cpp, which has no sliding window for {kind}: the model would serve "
+        f"otherwise than it was trained. Set {named} to at most {window:,}"
+    ]
 
 
 def _lengths(folder: Path, loop: LoopSettings) -> list[str]:

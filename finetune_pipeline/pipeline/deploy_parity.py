@@ -21,6 +21,7 @@ from finetune_pipeline.export.parity import (
 )
 from finetune_pipeline.inference.errors import RequestRefused
 from finetune_pipeline.inference.protocol import ModelSpec
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.pipeline import loop_files
 from finetune_pipeline.records import Message, chat_messages
 from finetune_pipeline.schemas import InvalidJsonError, parse_json
@@ -85,7 +86,6 @@ def _check_tokens(
 ) -> dict[str, Any]:
     if not _tells_tokens(target, release, chat_messages(loop.system_prompt, _FIRST_PROMPT)):
         return {"reads_control_tokens": None}
-    from transformers import AutoTokenizer
 
     def encode(messages: list[Message]) -> list[int]:
         ids = target.prompt_tokens(release, messages)
@@ -93,7 +93,7 @@ def _check_tokens(
             raise TargetError(f"the target {target.name} returned token ids for one conversation and none for another")
         return ids
 
-    tokenizer = AutoTokenizer.from_pretrained(release.base_folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(release.base_folder)
     chats = [question.messages(loop.system_prompt) for question in sample.questions]
     found = compare_tokens(tokenizer, encode, parity_conversations(tokenizer, loop.system_prompt, chats))
     control = [one for one in found.differences if one.kind == CONTROL_TOKENS]

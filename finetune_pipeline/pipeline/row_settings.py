@@ -246,8 +246,8 @@ def too_long(records: Sequence[SourceRecord], folder: Path, system_prompt: str, 
     estimated = sum(estimate.prompt(record) + estimate.answer(record) > max_length for record in records)
     if not estimated or 2 * estimated < len(records):
         return ""
+    from finetune_pipeline.inference.tokenizer import load_tokenizer
     from finetune_pipeline.training.conversations import TokenizedRow, tokenize_rows
-    from finetune_pipeline.training.tokenized_data import load_tokenizer
 
     rows = [
         {

@@ -82,7 +82,7 @@ def tokenize_rows(
     """
     try:
         template = tokenizer_chat_template(tokenizer)
-        template.end_token()
+        end = template.end_token()
     except RequestRefused as error:
         raise TrainingError(str(error)) from error
 
@@ -117,8 +117,20 @@ def tokenize_rows(
         except RequestRefused as error:
             tokenized.append(RejectedRow(str(error), provenance_of(row)))
             continue
+        conversations = [_ended(ids, end, tokenizer.eos_token_id) for ids in conversations]
         tokenized.append(TokenizedRow(prompt, dict(zip(completions, conversations, strict=True)), escaped))
     return tokenized
+
+
+def _ended(ids: list[int], end_of_turn: int, end_of_sequence: int | None) -> list[int]:
+    """Return a finished conversation with the end of sequence, which some templates do not write after the last turn.
+
+    A server that knows only this end, and not the end of turn, stops there.
+    """
+    after = ids[len(ids) - ids[::-1].index(end_of_turn) :]
+    if end_of_sequence is None or end_of_sequence in {end_of_turn, *after}:
+        return ids
+    return [*ids, end_of_sequence]
 
 
 def provenance_of(row: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CACHE = ".tokenized"
-_CACHE_FORMAT = 7  # of what the cache holds: files of another one are not read
+_CACHE_FORMAT = 8  # of what the cache holds: files of another one are not read
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _ROWS_PER_BATCH = 1000
 LOSS_SAMPLE = 256  # training examples on which the loss is measured without a validation set
@@ -55,13 +55,6 @@ class TrainingData:
     def longest(self) -> int:
         """Tokens of the longest example that is trained on or measured."""
         return max(int(max(split.with_format("numpy")["length"][:])) for split in (self.train, self.validation))
-
-
-def load_tokenizer(base_model: Path) -> "PreTrainedTokenizerBase":
-    """Load the base model's own tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
 
 
 def load_data(job: JobConfig, tokenizer: "PreTrainedTokenizerBase") -> TrainingData:

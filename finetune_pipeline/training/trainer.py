@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.settings import TrainingSettings
 from finetune_pipeline.training import distributed, padding_free
 from finetune_pipeline.training.callbacks import (
@@ -53,7 +54,7 @@ from finetune_pipeline.training.model import (
 )
 from finetune_pipeline.training.preference import load_preferences, preference_loss, preference_trainer
 from finetune_pipeline.training.progress import VALIDATION_LOSS, check_finite
-from finetune_pipeline.training.tokenized_data import TrainingData, load_data, load_tokenizer
+from finetune_pipeline.training.tokenized_data import TrainingData, load_data
 from finetune_pipeline.wording import error_line
 
 if TYPE_CHECKING:

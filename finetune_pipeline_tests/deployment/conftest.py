@@ -13,9 +13,10 @@ import pytest
 from finetune_pipeline.artifacts import hash_file
 from finetune_pipeline.deployment import modelfiles
 from finetune_pipeline.deployment import ollama as ollama_module
-from finetune_pipeline.deployment.ollama import Ollama, load_tokenizer
+from finetune_pipeline.deployment.ollama import Ollama
 from finetune_pipeline.deployment.target import Release
 from finetune_pipeline.export.gguf import convert, quantize
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.settings import PROJECT_ROOT, OllamaTarget
 from finetune_pipeline_tests.deployment.ollama_contract import OllamaContract, ollama_contract
 
@@ -56,10 +57,10 @@ _tokenizers: dict[Path, Any] = {}
 def tokenizers_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the tokenizers of base models."""
 
-    def read(release: Release) -> Any:
-        if release.base_folder not in _tokenizers:
-            _tokenizers[release.base_folder] = load_tokenizer(release)
-        return _tokenizers[release.base_folder]
+    def read(folder: Path) -> Any:
+        if folder not in _tokenizers:
+            _tokenizers[folder] = load_tokenizer(folder)
+        return _tokenizers[folder]
 
     monkeypatch.setattr(ollama_module, "load_tokenizer", read)
     monkeypatch.setattr(modelfiles, "load_tokenizer", read)

@@ -11,7 +11,7 @@ from finetune_pipeline.database import connect
 from finetune_pipeline.feedback.rewards import reward_function
 from finetune_pipeline.feedback.store import record
 from finetune_pipeline.pipeline import loop_files
-from finetune_pipeline.pipeline.check_loop import benchmark_note, check_loop
+from finetune_pipeline.pipeline.check_loop import benchmark_note, check_loop, sliding_window_problems
 from finetune_pipeline.settings import PROJECT_ROOT, LoopSettings, load_loop
 from finetune_pipeline_tests.conftest import feedback, interaction
 from finetune_pipeline_tests.training.conftest import STARTER
@@ -344,6 +344,31 @@ def test_weights_are_not_downloaded_for_a_check(loop, tmp_path, monkeypatch):
     assert check_loop(loop, download=False) == []
     assert "config.json" in wanted and not [name for name in wanted if "safetensors" in name]
     assert "no safetensors weights" in check_loop(loop)[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "mistral", "sliding_window": 4096}, None),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        (
+            {"model_type": "mistral", "sliding_window": 300},
+            r"the last 300 tokens .*Set training.max_length \(400\) to at",
+        ),
+        (
+            {"model_type": "phi3", "sliding_window": 200},
+            r"for phi3.* Set training.max_length \(400\), evaluation.context",
+        ),
+        ({"model_type": "qwen2", "sliding_window": 200}, None),
+        ({"model_type": "qwen2", "sliding_window": 200, "use_sliding_window": True}, "at most 200"),
+        ({"model_type": "gemma2", "sliding_window": 200}, None),  # llama.cpp has it
+    ],
+)
+def test_lengths_beyond_a_sliding_window_that_llama_cpp_lacks_are_named(make_loop, tmp_path, config, said):
+    loop = make_loop(training={"max_length": 400}, evaluation={"max_tokens": 24, "context": 256, "metric": "rouge1"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = sliding_window_problems(tmp_path, loop)
+    assert found == [] if said is None else len(found) == 1 and re.search(said, found[0]), found
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from finetune_pipeline.artifacts import write_text
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.backends.axolotl import COMMAND, Axolotl, EventReader
 from finetune_pipeline.training.backends.axolotl_config import CONFIG, FOLDER, WrittenSplit, write
@@ -20,7 +21,7 @@ from finetune_pipeline.training.checkpoints import COMPLETE
 from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingFailed, finished
 from finetune_pipeline.training.preference import load_preferences
-from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+from finetune_pipeline.training.tokenized_data import load_data
 from finetune_pipeline.training.trainer import make_trainer
 from finetune_pipeline_tests.waiting import wait_until
 

@@ -6,11 +6,12 @@ import time
 
 import pytest
 
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.training.backends.axolotl_config import FOLDER, write
 from finetune_pipeline.training.conversations import IGNORE_INDEX, RejectedRow, tokenize_rows
 from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline.training.preference import load_preferences
-from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+from finetune_pipeline.training.tokenized_data import load_data
 from finetune_pipeline.training.trainer import make_trainer, run_training
 
 from ..families import chat_template, transformers_tokenizer
@@ -166,3 +167,29 @@ def test_the_loss_begins_with_the_answer_after_the_prompt_of_service(name):
     assert trained.prompt == trained.conversations["completion"][: trained.shared()]
     labels = [id for id in trained.labels() if id != IGNORE_INDEX]
     assert tokens.decode(labels) == "150 mm<|im_end|>\n"
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "ends"),
+    [
+        (CHATML, "<|im_end|>", ["<|im_end|>", "Ċ"]),
+        (CHATML, "<|endoftext|>", ["<|im_end|>", "Ċ", "<|endoftext|>"]),
+        (CHATML, None, ["<|im_end|>", "Ċ"]),
+        (
+            CHATML + "{{ eos_token if not add_generation_prompt }}",
+            "<|endoftext|>",
+            ["<|im_end|>", "Ċ", "<|endoftext|>"],
+        ),  # as Phi-3.5 does
+    ],
+)
+def test_the_ends_of_turn_and_of_sequence_are_both_learned(template, eos, ends):
+    tokenizer = transformers_tokenizer("qwen2", template)
+    tokenizer.eos_token = eos
+    given = [{"prompt": "a wall", "history": TWICE, "chosen": "7<|im_end|>", "rejected": ""}]
+    [row] = tokenize_rows(given, ("chosen", "rejected"), "", tokenizer)
+    for ids in row.conversations.values():
+        assert tokenizer.convert_ids_to_tokens(ids[-len(ends) :]) == ends
+    assert eos == "<|im_end|>" or row.prompt[-1] != tokenizer.eos_token_id

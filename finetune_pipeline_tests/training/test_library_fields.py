@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from trl import DPOConfig, KTOConfig, SFTConfig, SFTTrainer
 
 from finetune_pipeline import trainer_fields
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.settings import PROJECT_ROOT, TrainingSettings
 from finetune_pipeline.training.job import TrainingError
-from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+from finetune_pipeline.training.tokenized_data import load_data
 from finetune_pipeline.training.trainer import make_trainer, run_training
 
 from .conftest import with_settings

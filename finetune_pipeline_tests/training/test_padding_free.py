@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.training import padding_free
 from finetune_pipeline.training.conversations import IGNORE_INDEX
-from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+from finetune_pipeline.training.tokenized_data import load_data
 from finetune_pipeline.training.trainer import make_trainer, mean_loss, run_training
 
 from .conftest import with_settings

@@ -6,10 +6,11 @@ import time
 import pytest
 from pydantic import ValidationError
 
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.training import trainer as training
 from finetune_pipeline.training.job import TrainingError
 from finetune_pipeline.training.preference import load_preferences
-from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+from finetune_pipeline.training.tokenized_data import load_data
 from finetune_pipeline.training.trainer import make_trainer, mean_loss, run_training
 
 from .conftest import breaking_in_half, rows, save, weights, with_settings

@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.training.reward_sampling import sample_by_reward
-from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+from finetune_pipeline.training.tokenized_data import load_data
 
 from .conftest import rows, save, with_settings
 

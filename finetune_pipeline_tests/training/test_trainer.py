@@ -9,6 +9,7 @@ import pytest
 from peft import get_peft_model
 from safetensors.torch import load_file
 
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.training import callbacks, tokenized_data
 from finetune_pipeline.training import trainer as trainer_module
 from finetune_pipeline.training.backends.axolotl_config import write
@@ -17,7 +18,7 @@ from finetune_pipeline.training.child_process import train
 from finetune_pipeline.training.conversations import IGNORE_INDEX
 from finetune_pipeline.training.job import CHECKPOINTS, TrainingError, TrainingResult, finished
 from finetune_pipeline.training.model import load_model, lora_config
-from finetune_pipeline.training.tokenized_data import load_data, load_tokenizer
+from finetune_pipeline.training.tokenized_data import load_data
 from finetune_pipeline.training.trackers import set_tensorboard_folder
 from finetune_pipeline.training.trainer import make_trainer, run_training
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_pipeline.artifacts import new_file, write_text
 from finetune_pipeline.inference.chat_template import NO_REASONING
+from finetune_pipeline.inference.tokenizer import load_tokenizer
 from finetune_pipeline.training.conversations import (
     RejectedRow,
     TokenizedRow,
@@ -26,7 +27,7 @@ from finetune_pipeline.training.conversations import (
     tokenize_rows,
 )
 from finetune_pipeline.training.job import CHECKPOINTS, JobConfig, Rejection, TrainingError, steps_of
-from finetune_pipeline.training.tokenized_data import LOSS_SAMPLE, data_files, is_replayed, load_tokenizer, nothing_left
+from finetune_pipeline.training.tokenized_data import LOSS_SAMPLE, data_files, is_replayed, nothing_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
