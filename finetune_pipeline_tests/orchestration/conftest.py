@@ -33,12 +33,12 @@ def write_events(path: Path, *events: Any) -> None:
         file.writelines(event.model_dump_json() + "\n" for event in events)
 
 
-def corrected(names: Any) -> list[Any]:
-    """Return interactions with a correction, one for each name."""
+def corrected(names: Any, answer: str | None = None) -> list[Any]:
+    """Return interactions with a correction, one for each name; to one answer if it is given."""
     events: list[Any] = []
     for name in names:
         events.append(interaction(f"{name}", prompt=f"please note what {name} said about the {name} matter"))
-        events.append(feedback(f"on {name}", f"{name}", "correction", correction=f"{name} spoke"))
+        events.append(feedback(f"on {name}", f"{name}", "correction", correction=answer or f"{name} spoke"))
     return events
 
 
