@@ -59,18 +59,23 @@ class _Service:
 
 
 @click.command(short_help="Start Dagster, the gateway and the console together.")
-@click.option("--ui-port", type=PORTS, default=UI_PORT, show_default=True, help="Port of Dagster's UI, on loopback.")
+@click.option("--ui-port", type=PORTS, default=UI_PORT, show_default=True, help="Port of Dagster's UI.")
 @click.option("--gateway-port", type=PORTS, default=PORT, show_default=True, help="Port of the gateway.")
 @click.option("--console-port", type=PORTS, default=CONSOLE_PORT, show_default=True, help="Port of the console.")
 @click.option(
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address of the gateway and the console; other than loopback needs API keys. Dagster's UI has no login and "
-    "stays on loopback.",
+    help="Address of the gateway and the console; other than loopback needs API keys.",
+)
+@click.option(
+    "--ui-host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address of Dagster's UI. It has no login: whoever reaches it can start and cancel runs.",
 )
 @click.option("--no-console", is_flag=True, help="Leave out the console, which needs the extra `console`.")
-def up(ui_port: int, gateway_port: int, console_port: int, host: str, no_console: bool) -> None:
+def up(ui_port: int, gateway_port: int, console_port: int, host: str, ui_host: str, no_console: bool) -> None:
     """Start Dagster's UI and daemon, the gateway and the console, with one log.
 
     Ctrl-C stops them all. If one of them ends by itself, the others are stopped too and the exit code is 1, so that a
@@ -81,25 +86,23 @@ def up(ui_port: int, gateway_port: int, console_port: int, host: str, no_console
 
         raise SettingsError(f"the console needs the extra `console`; install it: {INSTALL}. Or add --no-console.")
     prepared = environment()
-    ports = {"--ui-port": ("127.0.0.1", ui_port), "--gateway-port": (host, gateway_port)}
+    ports = {"--ui-port": (ui_host, ui_port), "--gateway-port": (host, gateway_port)}
     if not no_console:
         ports["--console-port"] = (host, console_port)
     for option, (address, port) in ports.items():
         if same := [other for other, (_, taken) in ports.items() if other != option and taken == port]:
             raise SettingsError(f"{option} and {same[0]} are both {port}; choose another port for one of them")
         bind(address, port, option).close()
-    ui = f"http://127.0.0.1:{ui_port}"
+    shown, asked = _in_url(host), _asked(host)
+    ui = f"http://{_asked(ui_host)}:{ui_port}"
     hold_ui_lock(Path(prepared["DAGSTER_HOME"]), ui)
-    shown = f"[{host}]" if ":" in host else host
-    # The gateway and the console are asked at the address they serve; 0.0.0.0 and :: answer on loopback.
-    asked = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, shown)
     finetune = [sys.executable, "-m", "finetune_pipeline.cli.main"]
     scripts, workspace = Path(sys.executable).parent, ["-w", str(PROJECT_ROOT / "workspace.yaml")]
     services = [
         _Service(
             "dagster",
-            [str(scripts / "dagster-webserver"), "-h", "127.0.0.1", "-p", str(ui_port), *workspace],
-            ui,
+            [str(scripts / "dagster-webserver"), "-h", ui_host, "-p", str(ui_port), *workspace],
+            f"http://{_in_url(ui_host)}:{ui_port}",
             lambda: _http_problem(f"{ui}/server_info"),
         ),
         _Service(
@@ -125,6 +128,15 @@ def up(ui_port: int, gateway_port: int, console_port: int, host: str, no_console
             )
         )
     sys.exit(_run(services, prepared))
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _asked(host: str) -> str:
+    """Return where a program on this machine reaches one that listens on an address, as in a URL."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, _in_url(host))
 
 
 def _run(services: list[_Service], env: dict[str, str]) -> int:
