@@ -1,5 +1,7 @@
 """`finetune console` as a server: Streamlit's ASGI application behind the guard."""
 
+import gc
+import importlib
 import logging
 import threading
 from contextlib import suppress
@@ -35,6 +37,13 @@ _DARK = {
     "borderColor": "#363d46",
 }
 _SIDEBAR = {"light": "#f4f6f8", "dark": "#191d22"}
+
+_VIEWS = [
+    f"finetune_pipeline.console.views.{name}"
+    for name in (
+        "compare", "data", "interactions", "models", "overview", "review", "settings", "training", "try_models",
+    )
+]  # fmt: skip
 
 _access: ConsoleAccess | None = None
 
@@ -115,16 +124,22 @@ def serve(database: Database, host: str, port: int, *, loopback: bool) -> None:
 
 
 def _read_ahead(database: Database) -> None:
-    """Read what the first page shows, so that the first visit does not wait for it."""
+    """Load and read what the first page shows, so that the first visit does not wait for it."""
     from finetune_pipeline.pipeline.expected_errors import EXPECTED
     from finetune_pipeline.pipeline.overview import loop_figures
     from finetune_pipeline.pipeline.status import loop_status
 
+    for name in ("altair", "pandas", "pyarrow", *_VIEWS):
+        importlib.import_module(name)
     with suppress(*EXPECTED):  # the page shows it
         loop = next(iter(known_loops().values()), None)
         for function in (loop_figures, loop_status):
             if loop is not None:
                 read_cache.read(function, loop, database)
+    # Streamlit collects garbage after each run of a page. What was loaded by now never becomes garbage, and looking
+    # through it takes longer than the page.
+    gc.collect()
+    gc.freeze()
 
 
 def _report(error: Exception) -> bool:
