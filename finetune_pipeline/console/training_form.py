@@ -12,7 +12,7 @@ from streamlit.delta_generator import DeltaGenerator
 from finetune_pipeline.settings import TrainingSettings
 
 FIRST = ("preset", "method", "num_train_epochs", "learning_rate")
-"""Settings that most trainings change; the others are in an expander."""
+"""Settings that most trainings change; the others are shown on request."""
 
 _COLUMNS = 3
 _NONE = "none"
@@ -22,8 +22,17 @@ class FieldError(ValueError):
     """A field has a text that is no YAML; the message names the field."""
 
 
-def training_fields(training: TrainingSettings) -> dict[str, Any]:
+def all_wanted() -> bool:
+    """Let the user choose, outside of the form, whether it has all settings: dozens of fields take long to show."""
+    others = len(TrainingSettings.model_fields) - len(FIRST)
+    return bool(st.toggle(f"All other settings of training ({others})"))
+
+
+def training_fields(training: TrainingSettings, *, everything: bool) -> dict[str, Any]:
     """Show the fields of a form, and return those settings that differ from the loop's.
+
+    Args:
+        everything: show all settings, not only FIRST.
 
     Raises:
         FieldError: a text is no YAML. What the settings refuse is found where they are validated.
@@ -31,12 +40,10 @@ def training_fields(training: TrainingSettings) -> dict[str, Any]:
     fields = type(training).model_fields
     columns = st.columns(len(FIRST))
     given = {name: _field(column, name, fields[name], training) for name, column in zip(FIRST, columns, strict=True)}
-    others = [name for name in fields if name not in FIRST]
-    with st.expander(f"All other settings of training ({len(others)})"):
-        for start in range(0, len(others), _COLUMNS):
-            row = others[start : start + _COLUMNS]
-            for name, column in zip(row, st.columns(_COLUMNS), strict=False):
-                given[name] = _field(column, name, fields[name], training)
+    others = [name for name in fields if name not in FIRST and everything]
+    for start in range(0, len(others), _COLUMNS):
+        for name, column in zip(others[start : start + _COLUMNS], st.columns(_COLUMNS), strict=False):
+            given[name] = _field(column, name, fields[name], training)
     shown = {name: _shown(getattr(training, name)) for name in fields}
     return {name: _value(name, value) for name, value in given.items() if value != shown[name]}
 

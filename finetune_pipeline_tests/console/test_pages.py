@@ -221,6 +221,7 @@ def test_a_training_that_cannot_start_says_why(console):
     assert "training.learning_rate: found 'fast', expected a number." in console.text.lower()
     console.fill("learning_rate", "1e-3")
     console.page.get_by_text("All other settings of training").click()
+    console.page.get_by_role("textbox", name="lora_r", exact=True).wait_for()
     console.fill("lora_r", "8")
     console.page.get_by_role("button", name="Start", exact=True).click()
     console.wait()

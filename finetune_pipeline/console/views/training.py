@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from finetune_pipeline.console import parts, session
-from finetune_pipeline.console.training_form import FieldError, training_fields
+from finetune_pipeline.console.training_form import FieldError, all_wanted, training_fields
 from finetune_pipeline.orchestrator import OrchestratorError
 from finetune_pipeline.pipeline import jobs
 from finetune_pipeline.pipeline.dataset_export import list_datasets
@@ -46,12 +46,13 @@ def show() -> None:
 def _start() -> None:
     loop = session.loop()
     versions = [one.manifest.version for one in list_datasets(loop)]
+    everything = all_wanted()
     with st.form("start", border=False):
         left, right = st.columns(2)
         dataset = left.selectbox("Dataset", [FROM_LOGS, *versions])
         base_model = right.text_input("Base model", loop.base_model, help="A folder, or a Hugging Face id.")
         try:
-            own, problem = training_fields(loop.training), ""
+            own, problem = training_fields(loop.training, everything=everything), ""
         except FieldError as error:
             own, problem = {}, str(error)
         started = st.form_submit_button("Start", type="primary", icon=":material/play_arrow:")
