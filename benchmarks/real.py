@@ -185,6 +185,7 @@ def _children_seconds() -> float:
 
 def train_by_trl(job: JobConfig) -> None:
     """Train as in TRL's documentation: a model by its path, a dataset of chats, LoRA, and defaults."""
+    import torch
     from datasets import load_from_disk
     from peft import LoraConfig
     from transformers import AutoTokenizer
@@ -207,6 +208,7 @@ def train_by_trl(job: JobConfig) -> None:
             learning_rate=settings.learning_rate,
             num_train_epochs=settings.num_train_epochs,
             seed=settings.seed,
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
