@@ -1,7 +1,7 @@
 # make setup   create .venv with everything that is needed; the other commands do so too
 # make doctor  what this machine can run, with remedies
 # make demo    set up, run the complete loop on the sample logs, show the result
-#              BASE=smollm2: on SmolLM2-135M, a pretrained model (15 to 20 minutes)
+#              BASE=smollm2: on SmolLM2-135M, a pretrained model
 # make test    set up, run the tests
 # make test-ui the console in a real browser
 # make up      Dagster's UI and daemon, the gateway and the console together
