@@ -33,6 +33,9 @@ STOP_SECONDS = 30.0
 SILENT_SECONDS = 15.0
 """After so long without an event, a line says which step is running."""
 
+_WAIT_FOR_TAIL = {"DAGSTER_COMPUTE_LOG_TAIL_WAIT_AFTER_FINISH": "1"}
+"""Dagster copies the output of steps by `tail`, and would end it before the last lines; see its issue 23336."""
+
 _LOG_TAIL = 15  # lines of the log that are shown if the run could not be created
 
 
@@ -78,6 +81,7 @@ def run_loop(
             process = subprocess.Popen(
                 [*tied, *job, loop.name, run_id, training_job.id], cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL,
                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**_WAIT_FOR_TAIL, **os.environ},
             )  # fmt: skip
         events = RunEvents(instance, run_id, began)
         try:

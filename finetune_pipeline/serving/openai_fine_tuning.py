@@ -321,7 +321,9 @@ def _find_job(gateway: Gateway, id: str) -> TrainingJob:
     """Return a job that was created here."""
     with client_errors():
         job = training_jobs.find_job(gateway.database, id.replace("\x00", ""))
-    if job.origin != "openai" or job.loop not in gateway.loops:
+    if job.loop not in gateway.loops:
+        raise NotFound(f"The job {id[:100]} is of the loop {job.loop}, which this gateway does not serve.")
+    if job.origin != "openai":
         raise NotFound(f"The job {id[:100]} was not created here, but by {job.origin}; `finetune train show {id}`.")
     return job
 

@@ -10,7 +10,9 @@ import pytest
 from finetune_pipeline.database import connect
 from finetune_pipeline.database.api_keys import create_key
 from finetune_pipeline.pipeline import uploaded_files
+from finetune_pipeline.registry.training_jobs import TrainingJob, create_job, new_job_id
 from finetune_pipeline.settings import home
+from finetune_pipeline_tests.conftest import START
 from finetune_pipeline_tests.serving.conftest import make_loop, serving
 
 NAMES = ["ash", "birch", "cedar", "dune", "elm", "fir", "gorse", "hazel"]
@@ -197,6 +199,20 @@ def test_unknown_jobs_are_not_found(client):
     calls = client.fine_tuning.jobs
     for call in (calls.retrieve, calls.cancel, calls.pause, calls.resume, calls.list_events, calls.checkpoints.list):
         refused(lambda call=call: call("ftjob-000000000000000000000000"), openai.NotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("loop", "origin", "said"),
+    [
+        ("letters", "openai", "is of the loop letters, which this gateway does not serve"),
+        ("notes", "cli", "was not created here, but by cli; `finetune train show ftjob-"),
+    ],
+)
+def test_a_job_that_these_paths_do_not_have_is_explained(client, loop, origin, said):
+    job = TrainingJob(id=new_job_id(), loop=loop, origin=origin, created_by="ann", created_at=START, status="completed")
+    create_job(connect(), job)
+    error = refused(lambda: client.fine_tuning.jobs.retrieve(job.id), openai.NotFoundError)
+    assert said in str(error)
 
 
 def test_files_need_the_scope_admin_and_jobs_can_be_read_with_infer(tmp_path_factory, own_home):
