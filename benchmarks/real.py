@@ -1,4 +1,4 @@
-"""A task that nobody here made, on a real model: SNIPS's intents and slots as JSON, by SmolLM2-135M.
+"""A public task on a pretrained model: SNIPS's intents and slots as JSON, by SmolLM2-135M.
 
 Compared are the base, this project's trainer (`ours`), and the recipe of TRL's documentation: `SFTTrainer` with the
 defaults of `SFTConfig` and `LoraConfig(r=16, lora_alpha=32)` on all linear layers, on the same examples. Both get the

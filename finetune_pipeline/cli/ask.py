@@ -50,9 +50,6 @@ def compare_with_base(loop: LoopSettings, prompt: str, name: str = "champion") -
     for full_name, spec in models.items():
         click.echo(f"  {full_name:<22} {generate_answers(loop, spec, prompt)[0]}")
     if len(models) == 1 and name == "champion":
-        click.echo(
-            f"  the champion is the base model; `{with_loop('finetune status', loop)}` shows what a better one waits "
-            "for"
-        )
+        click.echo(f"  the champion is the base model; see `{with_loop('finetune status', loop)}`")
     elif len(models) == 1:
         click.echo(f"  {name} is the base model; name another with --model")

@@ -28,7 +28,7 @@ from finetune_pipeline.settings import PROJECT_ROOT, SettingsError
 from finetune_pipeline.wording import first_line
 
 _STOP_SECONDS = 30
-"""How long a service may take to stop before it is killed: the gateway ends its answers, Dagster cancels its runs."""
+"""How long a service may take to stop before it is killed. Dagster interrupts its runs meanwhile."""
 
 _QUIET = "ignore:Parameter `execution_type` of function"
 """Dagster's warning about its own beta parameter, once for each process that loads the definitions."""

@@ -6,6 +6,7 @@ import logging
 import threading
 from contextlib import suppress
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from finetune_pipeline.console import read_cache
@@ -37,13 +38,6 @@ _DARK = {
     "borderColor": "#363d46",
 }
 _SIDEBAR = {"light": "#f4f6f8", "dark": "#191d22"}
-
-_VIEWS = [
-    f"finetune_pipeline.console.views.{name}"
-    for name in (
-        "compare", "data", "interactions", "models", "overview", "review", "settings", "training", "try_models",
-    )
-]  # fmt: skip
 
 _access: ConsoleAccess | None = None
 
@@ -129,7 +123,8 @@ def _read_ahead(database: Database) -> None:
     from finetune_pipeline.pipeline.overview import loop_figures
     from finetune_pipeline.pipeline.status import loop_status
 
-    for name in ("altair", "pandas", "pyarrow", *_VIEWS):
+    views = [f"{__package__}.views.{one.name}" for one in iter_modules([str(Path(__file__).with_name("views"))])]
+    for name in ("altair", "pandas", "pyarrow", *views):
         importlib.import_module(name)
     with suppress(*EXPECTED):  # the page shows it
         loop = next(iter(known_loops().values()), None)

@@ -15,7 +15,7 @@ from finetune_pipeline.export.process import ExportError, run_step
 from finetune_pipeline.export.reference import ReferencePrompts, generate_answers
 from finetune_pipeline.manifests import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES
 
-_FLOAT32_LIMIT = 1_000_000_000
+FLOAT32_LIMIT = 1_000_000_000
 """Parameters up to which a model is merged in float32."""
 
 
@@ -67,7 +67,7 @@ def merge_here(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    dtype: Any = "float32" if count_parameters(base_folder) <= _FLOAT32_LIMIT else "auto"
+    dtype: Any = "float32" if count_parameters(base_folder) <= FLOAT32_LIMIT else "auto"
     base = AutoModelForCausalLM.from_pretrained(
         base_folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, low_cpu_mem_usage=True
     )

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_pipeline.export.merge import FLOAT32_LIMIT
 from finetune_pipeline.settings import LoopSettings, TrainingSettings, home
 from finetune_pipeline.training.architecture import Architecture
 from finetune_pipeline.training.estimate import PROCESS_BYTES, Device
@@ -13,8 +14,6 @@ BYTES_PER_WEIGHT = {"F16": 2.0, "Q8_0": 1.07, "Q6_K": 0.83, "Q5_K_M": 0.72, "Q4_
 """Of a GGUF. K-quants of models whose width is no multiple of 256 are larger, up to Q8_0."""
 CHECKPOINTS = 3
 """Checkpoints that training keeps: the best one, the newest, and the one before it while the newest is incomplete."""
-MERGED_IN_FLOAT32 = 1_000_000_000
-"""Parameters up to which a model is merged in float32, as in export/merge.py."""
 GB = 1e9
 
 
@@ -68,7 +67,7 @@ def stage_needs(
         gguf: the base model, if it is a GGUF.
     """
     weights, trained = architecture.parameters, architecture.trained(training)
-    size = 4 if weights <= MERGED_IN_FLOAT32 else 2
+    size = 4 if weights <= FLOAT32_LIMIT else 2
     merged = loop.export.form == "merged"
     per_weight = BYTES_PER_WEIGHT[loop.export.quantization]
     largest = 4 * max(architecture.vocabulary * architecture.hidden, architecture.hidden * architecture.ffn)

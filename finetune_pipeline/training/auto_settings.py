@@ -1,6 +1,7 @@
 """The choice of `training: auto`: learning rate, epochs and replay by amount of data and size of the base model. Pure.
 
-Two rows decide, one of each table. The tables follow from `python -m benchmarks few_examples`.
+Two rows decide, one of each table. `python -m benchmarks few_examples` measured the row of up to 80
+examples, with a model below 50 million parameters; the other rows are estimates.
 """
 
 from dataclasses import dataclass

@@ -366,7 +366,7 @@ def compared(monkeypatch, *arguments):
 def test_a_comparison_without_a_champion_prints_the_base_once(monkeypatch):
     lines = compared(monkeypatch)
     assert [line.split()[0] for line in lines] == [f"{LOOP}@base", "the"]
-    assert lines[1] == "  the champion is the base model; `finetune status` shows what a better one waits for"
+    assert lines[1] == "  the champion is the base model; see `finetune status`"
     assert "name another with --model" in compared(monkeypatch, "--model", "base")[1]
 
 
